@@ -1,0 +1,109 @@
+"""The initrd ``avmm fetch`` makes: busybox, one kernel's virtio drivers and file systems, and a short ``/init``.
+
+``/init`` mounts the usual file systems, loads what ``/etc/modules`` names and then the drivers of the virtio devices
+that are there, and gives a shell on the console. ``avmm.init=/path`` on the kernel's command line names another
+program to run instead of the shell: append a second archive that holds it (:func:`avmm.boot.cpio.append`).
+"""
+
+from __future__ import annotations
+
+import re
+
+from avmm.boot import cpio, modules
+from avmm.boot.deb import Package
+from avmm.errors import ImageError
+
+#: Modules that go in where the kernel has them as modules; what they depend on follows.
+WANTED = (
+    "virtio_mmio", "virtio_blk", "virtio_net", "virtio_console", "virtio_rng", "virtio_balloon",
+    "vsock", "vmw_vsock_virtio_transport", "fuse", "virtiofs", "ext4", "crc32c_generic", "overlay",
+)  # fmt: skip
+
+#: Loaded by name at boot; the drivers behind virtio_mmio are found through their devices' aliases.
+_AT_BOOT = ("virtio_mmio",)
+
+INIT = """\
+#!/bin/busybox sh
+# The first process: it never returns, because the kernel panics when it does.
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
+/bin/busybox --install -s
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev 2>/dev/null
+mkdir -p /dev/pts /dev/shm
+mount -t devpts devpts /dev/pts
+mount -t tmpfs tmpfs /dev/shm
+mount -t tmpfs tmpfs /run
+
+modprobe -a $(cat /etc/modules) 2>/dev/null
+aliases=$(cat /sys/bus/virtio/devices/*/modalias 2>/dev/null)
+[ -n "$aliases" ] && modprobe -a $aliases 2>/dev/null
+
+# A console that is a module (hvc0) exists only now.
+exec </dev/console >/dev/console 2>&1
+hostname avmm
+ip link set lo up
+
+for word in $(cat /proc/cmdline); do
+    case $word in avmm.init=*) exec "${word#avmm.init=}" ;; esac
+done
+echo "avmm: Debian $(uname -r) ready"
+cd /root
+setsid cttyhack sh
+poweroff -f
+"""
+
+_DHCP = """\
+#!/bin/sh
+# What udhcpc does with a lease.
+case $1 in
+deconfig) ip addr flush dev "$interface"; ip link set "$interface" up ;;
+bound | renew)
+    ip addr flush dev "$interface"
+    ip addr add "$ip/${mask:-24}" dev "$interface"
+    for gateway in $router; do ip route replace default via "$gateway" dev "$interface"; done
+    for server in $dns; do echo "nameserver $server"; done >/etc/resolv.conf ;;
+esac
+"""
+
+_DIRECTORIES = ("bin", "dev", "etc", "mnt", "proc", "root", "run", "sbin", "sys", "tmp", "usr/bin", "usr/sbin")
+
+
+def kernel_version(kernel: Package) -> str:
+    """The version (``uname -r``) of the kernel in a ``linux-image`` package. Raises ImageError when it holds none."""
+    found = [match[1] for name in kernel.names if (match := re.fullmatch(r"boot/vmlinuz-([\w.+~-]+)", name))]
+    if len(found) != 1:
+        raise ImageError(f"the kernel package holds {len(found)} kernels, not one")
+    return found[0]
+
+
+def build(kernel: Package, busybox: Package) -> bytes:
+    """The initrd for the kernel of one package, with the busybox of another. The same packages give the same bytes."""
+    version = kernel_version(kernel)
+    roots = [root for root in ("lib/modules", "usr/lib/modules") if f"{root}/{version}/modules.builtin" in kernel.names]
+    if not roots:
+        raise ImageError(f"the kernel package holds no modules for {version}")
+    root = f"{roots[0]}/{version}/"
+    paths = [name.removeprefix(root) for name in kernel.names if name.startswith(root) and ".ko" in name]
+    tree = modules.ModuleTree(paths, lambda path: kernel.read(root + path))
+    chosen = tree.closure(WANTED)
+    home = f"lib/modules/{version}"
+    shell = next((name for name in ("bin/busybox", "usr/bin/busybox") if name in busybox.names), None)
+    if shell is None:
+        raise ImageError("the busybox package holds no bin/busybox")
+    entries = [cpio.directory(name, 0o1777 if name == "tmp" else 0o755) for name in _DIRECTORIES]
+    entries += [cpio.file(f"{home}/{module.path}", module.image) for module in chosen]
+    entries += [
+        cpio.file("bin/busybox", busybox.read(shell), 0o755),
+        cpio.symlink("bin/sh", "busybox"),
+        cpio.file("init", INIT.encode(), 0o755),
+        cpio.character_device("dev/console", 5, 1),
+        cpio.character_device("dev/null", 1, 3, 0o666),
+        cpio.file("etc/modules", "".join(f"{name}\n" for name in _AT_BOOT).encode()),
+        cpio.file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n"),
+        cpio.file("etc/group", b"root:x:0:\n"),
+        cpio.file("etc/udhcpc/default.script", _DHCP.encode(), 0o755),
+        cpio.file(f"{home}/modules.dep", modules.modules_dep(chosen).encode()),
+        cpio.file(f"{home}/modules.alias", modules.modules_alias(chosen).encode()),
+    ]
+    return cpio.pack(entries)

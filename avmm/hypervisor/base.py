@@ -1,0 +1,171 @@
+"""What every hypervisor gives us: a VM with RAM, and vCPUs that run until they exit.
+
+Three implementations satisfy this: Apple's Hypervisor.framework, softhv (our engine with the same C ABI) and KVM.
+Nobody outside ``hypervisor/`` knows which one runs; :func:`avmm.hypervisor.open_hypervisor` picks it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+from avmm.memory import Region
+
+
+class ExitKind(IntEnum):
+    """Why a vCPU came back; the values of AVMM_EXIT_* in frame.h, which says what each carries."""
+
+    CANCELED = 0
+    VTIMER = 1
+    UNKNOWN = 2
+    MMIO_READ = 3
+    MMIO_WRITE = 4
+    SYSREG_READ = 5
+    SYSREG_WRITE = 6
+    HVC = 7
+    SMC = 8
+    WFI = 9
+    WFE = 10
+    ABORT = 11
+    OTHER = 12
+    ERROR = 13
+
+
+class Finish(IntEnum):
+    """What :meth:`Vcpu.run` does with the instruction that exited, before running on."""
+
+    NONE = 0
+    ADVANCE = 1
+    RESULT = 2
+
+
+class Frame(Protocol):
+    """``avmm_frame_t`` of frame.h: the last exit, and what the next :meth:`Vcpu.run` delivers. All integers."""
+
+    irq: int
+    finish: int
+    unmask_vtimer: int
+    result: int
+    vtimer_masked: int
+    kind: int
+    size: int
+    sign_extend: int
+    wide: int
+    reg: int
+    address: int
+    value: int
+    pc: int
+    syndrome: int
+    virtual_address: int
+    vtimer_ctl: int
+    vtimer_cval: int
+
+    @property
+    def args(self) -> list[int]:
+        """x0..x7 of an HVC or SMC."""
+        ...
+
+
+class Reg:
+    """Register numbers of :meth:`Vcpu.get_reg` (Apple's ``hv_reg_t``): X0..X30 are 0..30."""
+
+    PC = 31
+    FPCR = 32
+    FPSR = 33
+    CPSR = 34
+
+
+def sysreg(op0: int, op1: int, crn: int, crm: int, op2: int) -> int:
+    """The 16-bit encoding of a system register, as in ``hv_sys_reg_t``."""
+    return op0 << 14 | op1 << 11 | crn << 7 | crm << 3 | op2
+
+
+class Vcpu(Protocol):
+    """One virtual CPU. Every method but :meth:`kick` only on the thread that created it."""
+
+    frame: Frame
+
+    def run(self) -> int:
+        """Finish the last exit, enter the guest, come back with an :class:`ExitKind` (as a plain int)."""
+        ...
+
+    def kick(self) -> None:
+        """Make :meth:`run` return CANCELED, now or at its next call. Any thread."""
+        ...
+
+    def get_reg(self, reg: int) -> int:
+        """A general register, see :class:`Reg`."""
+        ...
+
+    def set_reg(self, reg: int, value: int) -> None:
+        """Write a general register."""
+        ...
+
+    def get_sysreg(self, encoding: int) -> int:
+        """A system register; raises EngineError when the engine does not know it."""
+        ...
+
+    def set_sysreg(self, encoding: int, value: int) -> None:
+        """Write a system register."""
+        ...
+
+    def get_simd(self, index: int) -> bytes:
+        """Q``index``: 16 bytes, little endian."""
+        ...
+
+    def set_simd(self, index: int, value: bytes) -> None:
+        """Write Q``index``."""
+        ...
+
+    def get_vtimer_offset(self) -> int:
+        """CNTVOFF: guest CNTVCT = host counter - this, in counter ticks."""
+        ...
+
+    def set_vtimer_offset(self, offset: int) -> None:
+        """Set CNTVOFF."""
+        ...
+
+    def counters(self) -> dict[str, int]:
+        """The engine's own counters, empty where it has none."""
+        ...
+
+    def close(self) -> None:
+        """Destroy the vCPU."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What the engine can do. ``ipa_bits``: width of guest physical addresses; ``max_vcpus`` per VM."""
+
+    name: str
+    ipa_bits: int
+    max_vcpus: int
+    many_vms: bool
+
+
+class Hypervisor(Protocol):
+    """One virtual machine of one engine. Create it, map RAM, create vCPUs on their threads, close it last."""
+
+    capabilities: Capabilities
+
+    def map(self, region: Region, *, read_only: bool = False) -> None:
+        """Put ``region`` into the guest's physical address space."""
+        ...
+
+    def unmap(self, region: Region) -> None:
+        """Take it out again."""
+        ...
+
+    def host_wrote(self, gpa: int, length: int) -> None:
+        """The host wrote guest RAM: drop what was derived from the old contents. Any thread."""
+        ...
+
+    def create_vcpu(self) -> Vcpu:
+        """A vCPU owned by the calling thread."""
+        ...
+
+    def close(self) -> None:
+        """Destroy the VM; its vCPUs are closed already."""
+        ...

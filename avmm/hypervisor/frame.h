@@ -1,0 +1,56 @@
+/*
+ * One call per exit: what avmm adds on top of hv_* so that Python crosses into C, and drops the GIL, once.
+ *
+ * frame.c is written against hv.h alone and is compiled into both builds (Apple's framework and softhv), so the
+ * decoding of exits is the same code everywhere. Like hv.h this file is read by cffi as well as by C.
+ */
+
+/* What to do with the instruction that exited, before running on. */
+#define AVMM_FINISH_NONE 0     /* run from PC as it is */
+#define AVMM_FINISH_ADVANCE 1  /* step over it */
+#define AVMM_FINISH_RESULT 2   /* write `result` to its register (extended as it asks) and step over it */
+
+/* Why the vCPU came back. */
+#define AVMM_EXIT_CANCELED 0     /* a kick */
+#define AVMM_EXIT_VTIMER 1       /* the virtual timer fired; its mask is now set */
+#define AVMM_EXIT_UNKNOWN 2      /* a spurious return: run again */
+#define AVMM_EXIT_MMIO_READ 3    /* address, size, reg; finish with RESULT */
+#define AVMM_EXIT_MMIO_WRITE 4   /* address, size, value; finish with ADVANCE */
+#define AVMM_EXIT_SYSREG_READ 5  /* address = encoding (op0<<14|op1<<11|CRn<<7|CRm<<3|op2); finish with RESULT */
+#define AVMM_EXIT_SYSREG_WRITE 6 /* address = encoding, value; finish with ADVANCE */
+#define AVMM_EXIT_HVC 7          /* args = x0..x7; PC is already past it; finish with NONE after setting x0 */
+#define AVMM_EXIT_SMC 8          /* args = x0..x7; PC still at it */
+#define AVMM_EXIT_WFI 9          /* PC still at it; value = deadline register for WFIT, 0 otherwise */
+#define AVMM_EXIT_WFE 10         /* PC still at it */
+#define AVMM_EXIT_ABORT 11       /* data abort without a decoded access (ISV = 0), or an instruction abort */
+#define AVMM_EXIT_OTHER 12       /* any other exception: see syndrome */
+#define AVMM_EXIT_ERROR 13       /* hv_vcpu_run itself failed: value = hv_return_t */
+
+typedef struct {
+    /* To the vCPU; consumed by the next avmm_run(). */
+    uint8_t irq;           /* level of the IRQ input; kept until changed */
+    uint8_t finish;        /* AVMM_FINISH_*; back to NONE once done */
+    uint8_t unmask_vtimer; /* clear the virtual timer's mask first; back to 0 once done */
+    uint8_t vtimer_masked; /* from the vCPU: the mask as of this exit, kept up to date here */
+    uint8_t size;          /* bytes moved by an MMIO access: 1, 2, 4, 8 */
+    uint8_t sign_extend;   /* an MMIO read is to be sign extended ... */
+    uint8_t wide;          /* ... to 64 bits (else 32) */
+    uint8_t reg;           /* transfer register 0..30, 31 = XZR */
+    uint32_t kind;         /* AVMM_EXIT_* */
+    uint64_t result;
+    uint64_t address;      /* GPA of the access, or the encoding of the system register */
+    uint64_t value;
+    uint64_t args[8];
+    uint64_t pc;
+    uint64_t syndrome;     /* ESR_EL2 */
+    uint64_t virtual_address;  /* FAR_EL2 */
+    uint64_t vtimer_ctl;   /* CNTV_CTL_EL0; valid on WFI and whenever vtimer_masked */
+    uint64_t vtimer_cval;  /* CNTV_CVAL_EL0; valid on WFI */
+} avmm_frame_t;
+
+/* Finish the last exit, set the IRQ input, run, decode the next exit into `frame`. Owning thread only. */
+void avmm_run(hv_vcpu_t vcpu, hv_vcpu_exit_t *exit, avmm_frame_t *frame);
+
+/* hv_vcpu_get/set_simd_fp_reg with the vector in memory: a vector cannot be passed by value through an FFI. */
+hv_return_t avmm_get_simd_fp_reg(hv_vcpu_t vcpu, hv_simd_fp_reg_t reg, uint8_t *value);
+hv_return_t avmm_set_simd_fp_reg(hv_vcpu_t vcpu, hv_simd_fp_reg_t reg, const uint8_t *value);

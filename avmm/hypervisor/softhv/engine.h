@@ -1,0 +1,372 @@
+/*
+ * The engine's insides: what a vCPU is, what a decoded instruction is, and who may call what.
+ *
+ *   vm.c         VMs, guest RAM, hv_vm_*                    mmu.c        page table walks, the TLB
+ *   vcpu.c       vCPU life, registers, turns, kicks         exception.c  taking exceptions to EL1
+ *   run.c        hv_vcpu_run: dispatch, polling, the timer  sysreg.c     system registers
+ *   decode.c     tables, instruction -> uop, blocks         code.c       the cache of blocks
+ *   exec_int.c   data processing, branches                  exec_fp.c    scalar floating point
+ *   exec_mem.c   loads, stores, atomics, exclusives         exec_simd*.c Advanced SIMD
+ *   exec_sys.c   MSR/MRS, hints, barriers, cache, TLBI      exec_crypto.c, fpu.c
+ *
+ * No mutable global state but the table of vCPU handles (the ABI's) and the decode index (built once).
+ */
+#ifndef SOFTHV_ENGINE_H
+#define SOFTHV_ENGINE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "../hv.h"
+#include "softhv.h"
+
+#define likely(x) __builtin_expect(!!(x), 1)
+#define unlikely(x) __builtin_expect(!!(x), 0)
+
+/* Values that hv.h leaves to their own headers on macOS. */
+#define HV_SUCCESS 0
+#define HV_ERROR ((hv_return_t)0xfae94001)
+#define HV_BUSY ((hv_return_t)0xfae94002)
+#define HV_BAD_ARGUMENT ((hv_return_t)0xfae94003)
+#define HV_ILLEGAL_GUEST_STATE ((hv_return_t)0xfae94004)
+#define HV_NO_RESOURCES ((hv_return_t)0xfae94005)
+#define HV_NO_DEVICE ((hv_return_t)0xfae94006)
+#define HV_DENIED ((hv_return_t)0xfae94007)
+#define HV_UNSUPPORTED ((hv_return_t)0xfae9400f)
+enum { HV_MEMORY_READ = 1, HV_MEMORY_WRITE = 2, HV_MEMORY_EXEC = 4 };
+enum { HV_EXIT_REASON_CANCELED, HV_EXIT_REASON_EXCEPTION, HV_EXIT_REASON_VTIMER_ACTIVATED, HV_EXIT_REASON_UNKNOWN };
+enum { HV_INTERRUPT_TYPE_IRQ, HV_INTERRUPT_TYPE_FIQ };
+
+/* ---- The register file ------------------------------------------------------------------------------------ */
+
+/*
+ * Register number 31 is SP or XZR by instruction. The decoder resolves it, so that no op ever tests for 31:
+ * x[R_SP] is the stack pointer in use, x[R_ZR] always reads zero, x[R_SINK] takes writes to XZR.
+ */
+enum { R_SP = 31, R_ZR = 32, R_SINK = 33, R_COUNT = 34 };
+
+typedef union {
+    uint8_t b[16];
+    uint16_t h[8];
+    uint32_t s[4];
+    uint64_t d[2];
+    int8_t sb[16];
+    int16_t sh[8];
+    int32_t ss[4];
+    int64_t sd[2];
+    float f[4];
+    double g[2];
+} vreg;
+
+struct vm;
+struct vcpu;
+struct block;
+
+/* ---- Decoded instructions ---------------------------------------------------------------------------------- */
+
+/* One per instruction, in a row per block; the row ends with an `end of block` uop. */
+struct uop {
+    const struct uop *(*fn)(struct vcpu *, const struct uop *); /* threaded entry: runs this and all that follow */
+    uint32_t insn;
+    uint16_t row;  /* of the decode table */
+    uint16_t off;  /* bytes from the block's first instruction */
+    uint8_t rd, rn, rm, ra; /* indexes into x[] (resolved as above) or v[] */
+    uint32_t aux;  /* whatever the form wants */
+    uint64_t imm;
+};
+
+/*
+ * An op body returns true to fall through to the next instruction, false to leave the block: then pc is set (a
+ * branch, an exception, an exit to the host). OP(name) defines two callables from the one body: t_name, threaded
+ * (ends by jumping to the next uop: a sibling call, its depth bounded by the block), and p_name, plain, for
+ * generated code to call.
+ */
+#define OP(name)                                                                                                  \
+    static inline bool body_##name(struct vcpu *c, const struct uop *u);                                          \
+    const struct uop *t_##name(struct vcpu *c, const struct uop *u);                                              \
+    bool p_##name(struct vcpu *c, const struct uop *u);                                                           \
+    const struct uop *t_##name(struct vcpu *c, const struct uop *u) {                                             \
+        if (likely(body_##name(c, u)))                                                                            \
+            return u[1].fn(c, u + 1);                                                                             \
+        return NULL;                                                                                              \
+    }                                                                                                             \
+    bool p_##name(struct vcpu *c, const struct uop *u) { return body_##name(c, u); }                              \
+    static inline bool body_##name(struct vcpu *c, const struct uop *u)
+
+/* The same for FP and SIMD: traps first when CPACR_EL1.FPEN says so. Write OP_FP(name) { ... }. */
+#define OP_FP(name)                                                                                               \
+    static inline bool fp_##name(struct vcpu *c, const struct uop *u);                                            \
+    OP(name) {                                                                                                    \
+        if (unlikely(c->fp_trap))                                                                                 \
+            return exc_fp_access(c, u);                                                                           \
+        return fp_##name(c, u);                                                                                   \
+    }                                                                                                             \
+    static inline bool fp_##name(struct vcpu *c, const struct uop *u)
+
+/*
+ * Decode tables: a64_*.def, one row per encoding class, most specific first (the first match wins):
+ *
+ *     A64(row name, "pattern of 32 characters (spaces ignored)", form, op)
+ *
+ * 0 and 1 in the pattern must match; letters name fields. `form` fills the uop from the instruction and returns
+ * false for encodings that are reserved (UNDEF); forms are plain functions `bool form_X(struct uop *u, uint32_t i)`
+ * whose `u` comes with insn, row and off set and the rest zero. `op` is the OP() to run. Row names are unique and
+ * shown by the tests; many rows may share a form or an op.
+ */
+typedef bool (*form_fn)(struct uop *u, uint32_t insn);
+
+struct row {
+    const char *name, *pattern;
+    form_fn form;
+    const struct uop *(*threaded)(struct vcpu *, const struct uop *);
+    bool (*plain)(struct vcpu *, const struct uop *);
+    uint32_t mask, value; /* filled from the pattern when the index is built */
+    bool ends_block;      /* control flow or context change: filled from a64_sys/a64_int's A64_END rows */
+};
+/* A64_END(...) is A64(...) for instructions after which decoding must stop (branches, ERET, MSR, ISB, WFI ...). */
+
+static inline uint32_t bits(uint32_t insn, unsigned low, unsigned count) { return (insn >> low) & ((1u << count) - 1); }
+static inline int64_t sbits(uint32_t insn, unsigned low, unsigned count) {
+    return (int64_t)((uint64_t)insn << (64 - low - count)) >> (64 - count);
+}
+/* A 5-bit register field as an index into x[]. */
+static inline uint8_t reg_zr(uint32_t insn, unsigned low) { uint8_t r = bits(insn, low, 5); return r == 31 ? R_ZR : r; }
+static inline uint8_t reg_dst(uint32_t insn, unsigned low) { uint8_t r = bits(insn, low, 5); return r == 31 ? R_SINK : r; }
+static inline uint8_t reg_sp(uint32_t insn, unsigned low) { return bits(insn, low, 5); }
+
+/* ---- Blocks ------------------------------------------------------------------------------------------------- */
+
+enum { PAGE_BITS = 12, PAGE_SIZE = 1 << PAGE_BITS, BLOCK_MAX = 64 /* instructions; a block stays in its 4 KiB page */ };
+
+/* Immutable once published, but for the link. Keyed by physical address: the same block serves every mapping. */
+struct block {
+    uint64_t pa;
+    uint32_t count; /* instructions, for counters and virtual time */
+    uint32_t size;  /* bytes of guest code */
+    struct block *next; /* in the code page's list */
+    struct uop uops[];  /* count, then the end-of-block uop */
+};
+
+/* ---- The TLB ------------------------------------------------------------------------------------------------ */
+
+enum { TLB_BITS = 9, TLB_SIZE = 1 << TLB_BITS };
+enum { MMU_EL0, MMU_EL1, MMU_EL1_PAN, MMU_COUNT }; /* whose permissions: the index of a bank */
+#define TLB_NONE UINT64_C(0xfff) /* matches no page address */
+
+/*
+ * One 4 KiB page of RAM. `read` and `write` hold the page's VA when such accesses may go straight to
+ * host memory at va + addend; TLB_NONE when not (no permission, not dirty, a device, not mapped, needs alignment checks).
+ */
+struct tlb_entry {
+    uint64_t read, write;
+    uintptr_t addend;
+    uint64_t pa;
+};
+
+/* Blocks by virtual address, to leave the fast path of branches in one compare. */
+enum { JUMP_BITS = 12, JUMP_SIZE = 1 << JUMP_BITS };
+struct jump_entry {
+    uint64_t pc;       /* ~0 when empty */
+    struct block *block;
+};
+
+/* ---- System registers that hold plain state (the rest is computed in sysreg.c) ------------------------------- */
+
+struct sysregs {
+    uint64_t sctlr, actlr, cpacr, ttbr0, ttbr1, tcr, mair, amair, vbar, contextidr;
+    uint64_t esr, far, afsr0, afsr1, par, elr, spsr;
+    uint64_t sp_el0, sp_el1; /* the one in use lives in x[R_SP] */
+    uint64_t tpidr_el0, tpidrro_el0, tpidr_el1;
+    uint64_t cntkctl, cntv_ctl, cntv_cval, cntp_ctl, cntp_cval;
+    uint64_t mpidr, midr, csselr, mdscr;
+    uint64_t dbgbvr[16], dbgbcr[16], dbgwvr[16], dbgwcr[16];
+};
+
+/* ---- The vCPU ------------------------------------------------------------------------------------------------ */
+
+/* Reasons to look up from guest code; bits of vcpu.poll, set by any thread. */
+enum {
+    POLL_EXIT = 1,       /* hv_vcpus_exit */
+    POLL_TURN = 2,       /* another vCPU waits for its turn */
+    POLL_INVALIDATE = 4, /* host writes to code are queued in the VM */
+};
+
+struct vcpu {
+    uint64_t x[R_COUNT];
+    uint64_t pc;        /* exact between blocks; inside one use pc_of() */
+    uint64_t block_pc;  /* VA of the running block's first instruction */
+    uint32_t nzcv;      /* PSTATE.NZCV in bits 31:28, the rest zero */
+    int32_t budget;     /* instructions until run.c looks at time and turns; 0 or less: at the next block */
+    _Atomic uint32_t poll;
+    uint32_t daif;      /* PSTATE.DAIF in bits 9:6 */
+    uint8_t el, spsel, pan, uao, dit, ssbs, il, ss;
+    uint8_t mmu_idx;    /* of plain loads and stores: MMU_* by el and pan */
+    bool fp_trap;       /* FP/SIMD instructions trap at this EL: kept by update_fp_trap() */
+    bool irq_line, fiq_line; /* hv_vcpu_set_pending_interrupt */
+    bool exiting;       /* exit is filled in: leave hv_vcpu_run */
+    bool vtimer_masked;
+    uint32_t fpcr, fpsr;
+    vreg v[32];
+    struct {
+        uint64_t pa;  /* ~0: open */
+        uint64_t value[2];
+        uint32_t size;
+    } monitor;        /* the exclusive monitor */
+    struct sysregs sys;
+    uint64_t vtimer_offset;
+    struct tlb_entry tlb[MMU_COUNT][TLB_SIZE];
+    struct jump_entry jump[2][JUMP_SIZE]; /* by EL */
+    uint64_t icount;  /* instructions retired */
+    struct vm *vm;
+    hv_vcpu_t handle;
+    pthread_t thread; /* the owner */
+    hv_vcpu_exit_t exit;
+    softhv_counters_t counters;
+    uint64_t exec_ns; /* host time spent in hv_vcpu_run */
+    bool large_mappings; /* the TLB holds pieces of mappings larger than the granule: TLBI by VA drops all */
+    uint8_t tlb_shift; /* log2 of the granule TLBI VA works on */
+};
+
+static inline uint64_t pc_of(const struct vcpu *c, const struct uop *u) { return c->block_pc + u->off; }
+/* Leave the block for `target`. */
+static inline bool branch_to(struct vcpu *c, uint64_t target) { c->pc = target; return false; }
+
+/* ---- Memory accesses of guest instructions ------------------------------------------------------------------- */
+
+/*
+ * mem_read/mem_write: `size` bytes (1, 2, 4, 8, 16) at `va` with the permissions of bank `idx`, little endian,
+ * unaligned allowed as SCTLR_EL1.A and the memory type allow. False when an exception was taken or an exit to the host
+ * prepared: the op returns false at once, having changed no register (accesses are restartable).
+ * For MMIO the slow path builds the syndrome (ISV, SAS, SRT ...) from u->insn.
+ */
+bool mem_read_slow(struct vcpu *c, const struct uop *u, uint64_t va, unsigned size, unsigned idx, void *out);
+bool mem_write_slow(struct vcpu *c, const struct uop *u, uint64_t va, unsigned size, unsigned idx, const void *in);
+/*
+ * Host address of [va, va+size), which must not cross `size` alignment, checked for reading and (when `write`) writing;
+ * for exclusives, LSE atomics and DC ZVA. NULL: exception taken or exit prepared. `align`: misalignment faults always.
+ */
+void *mem_ptr(struct vcpu *c, const struct uop *u, uint64_t va, unsigned size, unsigned idx, bool write, uint64_t *pa);
+
+/* TBI: bits 63:56 of data addresses are ignored when TCR_EL1.TBI0/1 says so; both ends of the fast path see the stripped VA. */
+uint64_t untag(const struct vcpu *c, uint64_t va);
+
+#define MEM_FAST(kind, va, size)                                                                                  \
+    struct tlb_entry *e = &c->tlb[idx][((va) >> PAGE_BITS) & (TLB_SIZE - 1)];                                      \
+    if (likely((((va) + (size)-1) & ~(uint64_t)(PAGE_SIZE - 1)) == e->kind))
+
+static inline bool mem_read(struct vcpu *c, const struct uop *u, uint64_t va, unsigned size, unsigned idx, void *out) {
+    MEM_FAST(read, va, size) {
+        memcpy(out, (void *)(uintptr_t)(va + e->addend), size);
+        return true;
+    }
+    return mem_read_slow(c, u, va, size, idx, out);
+}
+static inline bool mem_write(struct vcpu *c, const struct uop *u, uint64_t va, unsigned size, unsigned idx, const void *in) {
+    MEM_FAST(write, va, size) {
+        memcpy((void *)(uintptr_t)(va + e->addend), in, size);
+        return true;
+    }
+    return mem_write_slow(c, u, va, size, idx, in);
+}
+
+/* ---- mmu.c ----------------------------------------------------------------------------------------------------- */
+
+enum access { ACCESS_READ, ACCESS_WRITE, ACCESS_EXEC };
+struct translation {
+    uint64_t pa;
+    uint32_t fault; /* DFSC/IFSC, 0 = none */
+    bool device;    /* Device memory: unaligned accesses fault */
+    bool read, write, exec; /* what bank idx may do */
+    uint8_t attr;   /* MAIR byte, for AT/PAR_EL1 */
+    uint8_t sh;
+    uint8_t page_bits; /* log2 of the mapping's size */
+    bool global;
+};
+/* Walk the tables for `va` as bank `idx`; no side effect but the counters. */
+struct translation mmu_translate(struct vcpu *c, uint64_t va, enum access access, unsigned idx);
+/* VA -> host pointer to the instruction at pc and its PA; false: prefetch abort taken or exit prepared. */
+bool mmu_fetch(struct vcpu *c, uint64_t pc, uint64_t *pa, const uint8_t **host);
+void tlb_flush_all(struct vcpu *c);
+void tlb_flush_va(struct vcpu *c, uint64_t va); /* `va`: any address in the page */
+void mmu_update(struct vcpu *c); /* mmu_idx, tlb_shift ... after EL, PAN, SCTLR, TCR, TTBR changed */
+
+/* ---- exception.c: all return false, so that an op can `return exc_...` ------------------------------------------ */
+
+bool exc_undef(struct vcpu *c, const struct uop *u);             /* EC 0, counted as unimplemented when so */
+bool exc_sysreg_trap(struct vcpu *c, const struct uop *u, uint32_t iss); /* EC 0x18 to EL1 */
+bool exc_fp_access(struct vcpu *c, const struct uop *u);         /* EC 0x07 */
+bool exc_svc(struct vcpu *c, const struct uop *u, uint16_t imm); /* EC 0x15, return address after it */
+bool exc_brk(struct vcpu *c, const struct uop *u, uint16_t imm); /* EC 0x3c */
+bool exc_pc_alignment(struct vcpu *c, uint64_t pc);              /* EC 0x22 */
+bool exc_sp_alignment(struct vcpu *c, const struct uop *u);      /* EC 0x26 */
+bool exc_data_abort(struct vcpu *c, const struct uop *u, uint64_t va, uint32_t dfsc, bool write, bool cm);
+bool exc_prefetch_abort(struct vcpu *c, uint64_t va, uint32_t ifsc);
+void exc_interrupt(struct vcpu *c, bool fiq);                    /* at c->pc */
+bool exc_eret(struct vcpu *c);                                   /* return from EL1; forces a poll */
+uint64_t pstate_get(const struct vcpu *c);                       /* SPSR form */
+void pstate_set(struct vcpu *c, uint64_t spsr);                  /* and switch SP, mmu_idx, fp_trap; forces a poll */
+void update_fp_trap(struct vcpu *c);
+/* Exits to the host ("EL2"): fill exit, set exiting, force a poll; pc = the instruction unless HVC (after it). */
+bool exit_exception(struct vcpu *c, uint64_t pc, uint64_t syndrome, uint64_t va, uint64_t ipa);
+
+/* ---- sysreg.c ------------------------------------------------------------------------------------------------------ */
+
+/* Encodings are op0<<14 | op1<<11 | CRn<<7 | CRm<<3 | op2, as in hv_sys_reg_t. */
+#define SYSREG(op0, op1, crn, crm, op2) ((op0) << 14 | (op1) << 11 | (crn) << 7 | (crm) << 3 | (op2))
+/* MRS/MSR at the current EL: true when done, false when an exception was taken or an exit prepared. */
+bool sysreg_mrs(struct vcpu *c, const struct uop *u, uint32_t encoding, uint64_t *value);
+bool sysreg_msr(struct vcpu *c, const struct uop *u, uint32_t encoding, uint64_t value);
+void sysreg_reset(struct vcpu *c);
+hv_return_t sysreg_host_get(struct vcpu *c, hv_sys_reg_t reg, uint64_t *value);
+hv_return_t sysreg_host_set(struct vcpu *c, hv_sys_reg_t reg, uint64_t value);
+bool sysreg_feature(hv_feature_reg_t reg, uint64_t *value);
+
+/* ---- time, run.c ------------------------------------------------------------------------------------------------------ */
+
+static inline uint64_t guest_counter(const struct vcpu *c) { return softhv_absolute_time() - c->vtimer_offset; }
+bool vtimer_due(const struct vcpu *c); /* ENABLE, !IMASK and CVAL reached */
+
+/* ---- decode.c, code.c ---------------------------------------------------------------------------------------------------- */
+
+void decode_init(void); /* idempotent, thread-safe */
+/* Decode from `host` (guest code at `pa`) up to the end of its page or of the block. NULL when memory is short. */
+struct block *decode_block(uint64_t pa, const uint8_t *host);
+extern struct row a64_rows[];
+extern const uint32_t a64_row_count;
+
+struct block *code_find(struct vm *vm, uint64_t pa);      /* NULL when not translated */
+void code_insert(struct vm *vm, struct block *block);
+void code_invalidate(struct vm *vm, uint64_t pa, uint64_t size); /* by a vCPU whose turn it is: at once */
+void code_flush(struct vm *vm);
+
+/* ---- the VM -------------------------------------------------------------------------------------------------------------- */
+
+enum { RAM_MAX = 32 /* regions */, VCPU_MAX = 64 };
+struct ram {
+    uint64_t ipa, size;
+    uint8_t *host;
+    uint32_t flags;
+};
+struct code; /* code.c's */
+
+struct vm {
+    pthread_mutex_t lock; /* vCPU list, RAM map, turns, queued invalidations */
+    pthread_cond_t turn_free;
+    struct vcpu *turn;    /* whose turn it is; NULL: nobody's */
+    uint32_t turn_waiters;
+    struct ram ram[RAM_MAX];
+    uint32_t ram_count;
+    struct vcpu *vcpus[VCPU_MAX];
+    uint32_t vcpu_count;
+    struct code *code;
+    uint32_t ipa_bits;
+    bool created;
+};
+/* The RAM region that holds ipa, or NULL. Only by the vCPU whose turn it is, or under the lock. */
+struct ram *vm_ram(struct vm *vm, uint64_t ipa);
+
+#endif

@@ -1,0 +1,45 @@
+/*
+ * What softhv adds beyond Apple's ABI. Read by cffi as well as by C: no directive but #define NAME VALUE.
+ */
+typedef struct softhv_vm softhv_vm_t;
+
+/*
+ * Several VMs in one process. hv_vm_* and hv_vcpu_create act on the VM the calling thread is bound to; a thread
+ * that never bound one acts on the process's default VM (the one hv_vm_create makes there). Everything that takes
+ * a vCPU handle needs no binding: handles are unique in the process.
+ */
+softhv_vm_t *softhv_vm_new(void);            /* NULL when memory is short */
+void softhv_vm_bind(softhv_vm_t *vm);        /* NULL: back to the default VM */
+hv_return_t softhv_vm_free(softhv_vm_t *vm); /* HV_BUSY while it has vCPUs */
+
+/* The host wrote [ipa, ipa + size): translations of code in there are dropped before any vCPU runs on. Any thread. */
+void softhv_invalidate(softhv_vm_t *vm, hv_ipa_t ipa, uint64_t size);
+
+/* The host counter vtimer_offset refers to, and its length in nanoseconds as a fraction (mach_timebase_info). */
+uint64_t softhv_absolute_time(void);
+void softhv_timebase(uint32_t *numer, uint32_t *denom);
+
+typedef struct {
+    uint64_t instructions; /* retired */
+    uint64_t blocks;       /* translated */
+    uint64_t block_runs;   /* entered through the dispatcher */
+    uint64_t flushes;      /* whole code cache dropped */
+    uint64_t invalidations;/* pages of code dropped */
+    uint64_t tlb_misses;
+    uint64_t tlb_flushes;
+    uint64_t exceptions;   /* taken to EL1 */
+    uint64_t interrupts;   /* of which IRQ or FIQ */
+    uint64_t undefined;    /* of which UNDEF because softhv has no such instruction or register */
+    uint32_t undefined_insn; /* the latest such instruction */
+    uint32_t reserved;
+} softhv_counters_t;
+hv_return_t softhv_vcpu_counters(hv_vcpu_t vcpu, softhv_counters_t *counters); /* any thread; a racy snapshot */
+
+/* The decode table, row by row: the differential tests generate their cases from it. False past the last row. */
+typedef struct {
+    const char *name;
+    const char *pattern; /* 32 characters, bit 31 first: 0, 1, or a letter naming the field */
+    uint32_t mask;
+    uint32_t value;
+} softhv_insn_t;
+bool softhv_insn(uint32_t index, softhv_insn_t *insn);
