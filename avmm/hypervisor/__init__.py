@@ -1,0 +1,48 @@
+"""The engines, and the one function that picks one. Nobody outside this package knows which runs."""
+
+from __future__ import annotations
+
+import platform
+import sys
+
+from avmm.errors import ConfigError
+from avmm.hypervisor.base import Capabilities, ExitKind, Finish, Frame, Hypervisor, Reg, Vcpu, sysreg
+
+__all__ = [
+    "ENGINES",
+    "Capabilities",
+    "ExitKind",
+    "Finish",
+    "Frame",
+    "Hypervisor",
+    "Reg",
+    "Vcpu",
+    "available_engines",
+    "open_hypervisor",
+    "sysreg",
+]
+
+#: Every engine's name, the preferred first.
+ENGINES = ("framework", "softhv")
+
+
+def available_engines() -> tuple[str, ...]:
+    """The engines this machine can have, the preferred first; whether one may be used shows when it is opened."""
+    apple = sys.platform == "darwin" and platform.machine() == "arm64"
+    return ENGINES if apple else ("softhv",)
+
+
+def open_hypervisor(name: str = "auto") -> Hypervisor:
+    """A new VM of the named engine, or of the preferred one. Raises ConfigError or EngineError."""
+    if name == "auto":
+        name = available_engines()[0]
+    # Imported only now: loading an engine costs milliseconds that `import avmm` must not.
+    if name == "softhv":
+        from avmm.hypervisor.softhv import Softhv
+
+        return Softhv()
+    if name == "framework":
+        from avmm.hypervisor.framework import Framework
+
+        return Framework()
+    raise ConfigError(f"no engine named {name!r}: use auto, {', '.join(ENGINES[:-1])} or {ENGINES[-1]}")

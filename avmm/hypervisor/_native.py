@@ -1,0 +1,215 @@
+"""The engines behind Apple's ``hv_*`` interface: one set of classes over either build of it.
+
+``ffi`` and ``lib`` come from ``avmm.hypervisor._softhv`` or ``avmm.hypervisor._framework``, which were compiled from
+the same declarations, so what runs here on Linux is what runs on a Mac.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn, cast
+
+from avmm.errors import EngineError
+from avmm.hypervisor.base import Capabilities, Frame
+from avmm.memory import Region
+
+#: ``hv_return_t`` by its unsigned value.
+RETURN_CODES = {
+    0x00000000: "HV_SUCCESS",
+    0xFAE94001: "HV_ERROR",
+    0xFAE94002: "HV_BUSY",
+    0xFAE94003: "HV_BAD_ARGUMENT",
+    0xFAE94004: "HV_ILLEGAL_GUEST_STATE",
+    0xFAE94005: "HV_NO_RESOURCES",
+    0xFAE94006: "HV_NO_DEVICE",
+    0xFAE94007: "HV_DENIED",
+    0xFAE94008: "HV_FAULT",
+    0xFAE9400F: "HV_UNSUPPORTED",
+}
+
+MEMORY_READ, MEMORY_WRITE, MEMORY_EXEC = 1, 2, 4
+
+
+def fail(call: str, code: int) -> NoReturn:
+    """Raise EngineError for a failed ``call``."""
+    code &= 0xFFFF_FFFF
+    raise EngineError(f"{call} failed: {RETURN_CODES.get(code, 'unknown error')} ({code:#x})", code)
+
+
+class NativeVcpu:
+    """A vCPU behind the ``hv_*`` interface. Every method but :meth:`kick` only on the thread that created it."""
+
+    def __init__(self, ffi: Any, lib: Any) -> None:
+        self._ffi, self._lib = ffi, lib
+        handle = ffi.new("hv_vcpu_t *")
+        exits = ffi.new("hv_vcpu_exit_t **")
+        code = lib.hv_vcpu_create(handle, exits, ffi.NULL)
+        if code:
+            fail("hv_vcpu_create", code)
+        self._handles = handle  # also the one-element array hv_vcpus_exit asks for
+        self._handle: int = handle[0]
+        self._exit = exits[0]
+        self._run = lib.avmm_run
+        self._frame = ffi.new("avmm_frame_t *")
+        self._cell = ffi.new("uint64_t *")
+        self._closed = False
+        self.frame: Frame = cast(Frame, self._frame)
+
+    def run(self) -> int:
+        """Finish the last exit, enter the guest, come back with an :class:`ExitKind` (as a plain int)."""
+        frame = self._frame
+        self._run(self._handle, self._exit, frame)
+        return cast(int, frame.kind)
+
+    def kick(self) -> None:
+        """Make :meth:`run` return CANCELED, now or at its next call. Any thread; nothing once closed."""
+        if not self._closed:
+            self._lib.hv_vcpus_exit(self._handles, 1)
+
+    def get_reg(self, reg: int) -> int:
+        """A general register, see :class:`~avmm.hypervisor.base.Reg`."""
+        code = self._lib.hv_vcpu_get_reg(self._handle, reg, self._cell)
+        if code:
+            fail(f"hv_vcpu_get_reg({reg})", code)
+        return cast(int, self._cell[0])
+
+    def set_reg(self, reg: int, value: int) -> None:
+        """Write a general register."""
+        code = self._lib.hv_vcpu_set_reg(self._handle, reg, value)
+        if code:
+            fail(f"hv_vcpu_set_reg({reg})", code)
+
+    def get_sysreg(self, encoding: int) -> int:
+        """A system register; raises EngineError when the engine does not know it."""
+        code = self._lib.hv_vcpu_get_sys_reg(self._handle, encoding, self._cell)
+        if code:
+            fail(f"hv_vcpu_get_sys_reg({encoding:#06x})", code)
+        return cast(int, self._cell[0])
+
+    def set_sysreg(self, encoding: int, value: int) -> None:
+        """Write a system register."""
+        code = self._lib.hv_vcpu_set_sys_reg(self._handle, encoding, value)
+        if code:
+            fail(f"hv_vcpu_set_sys_reg({encoding:#06x})", code)
+
+    def get_simd(self, index: int) -> bytes:
+        """Q``index``: 16 bytes, little endian."""
+        value = self._ffi.new("uint8_t[16]")
+        code = self._lib.avmm_get_simd_fp_reg(self._handle, index, value)
+        if code:
+            fail(f"hv_vcpu_get_simd_fp_reg({index})", code)
+        return bytes(value)
+
+    def set_simd(self, index: int, value: bytes) -> None:
+        """Write Q``index``."""
+        if len(value) != 16:
+            raise ValueError(f"a SIMD register has 16 bytes, not {len(value)}")
+        code = self._lib.avmm_set_simd_fp_reg(self._handle, index, value)
+        if code:
+            fail(f"hv_vcpu_set_simd_fp_reg({index})", code)
+
+    def get_vtimer_offset(self) -> int:
+        """CNTVOFF: guest CNTVCT = host counter - this, in counter ticks."""
+        code = self._lib.hv_vcpu_get_vtimer_offset(self._handle, self._cell)
+        if code:
+            fail("hv_vcpu_get_vtimer_offset", code)
+        return cast(int, self._cell[0])
+
+    def set_vtimer_offset(self, offset: int) -> None:
+        """Set CNTVOFF."""
+        code = self._lib.hv_vcpu_set_vtimer_offset(self._handle, offset)
+        if code:
+            fail("hv_vcpu_set_vtimer_offset", code)
+
+    def counters(self) -> dict[str, int]:
+        """The engine's own counters, empty where it has none."""
+        return {}
+
+    def close(self) -> None:
+        """Destroy the vCPU; a second call does nothing."""
+        if self._closed:
+            return
+        code = self._lib.hv_vcpu_destroy(self._handle)
+        if code:
+            fail("hv_vcpu_destroy", code)
+        self._closed = True
+
+
+class NativeHypervisor:
+    """A VM behind the ``hv_*`` interface. Engines say how it is made, entered and ended."""
+
+    name = ""
+    many_vms = False
+
+    def __init__(self, ffi: Any, lib: Any) -> None:
+        self._ffi, self._lib = ffi, lib
+        self._mapped: dict[int, tuple[Region, Any]] = {}
+        self._closed = False
+        self._create()
+        self.capabilities = Capabilities(
+            name=self.name,
+            ipa_bits=self._query("hv_vm_config_get_default_ipa_size"),
+            max_vcpus=self._query("hv_vm_get_max_vcpu_count"),
+            many_vms=self.many_vms,
+        )
+
+    def _create(self) -> None:
+        """Make the VM; raises EngineError."""
+        code = self._lib.hv_vm_create(self._ffi.NULL)
+        if code:
+            fail("hv_vm_create", code)
+
+    def _enter(self) -> None:
+        """Called on the calling thread before every ``hv_*`` call that acts on 'the' VM."""
+
+    def _destroy(self) -> None:
+        """End the VM; raises EngineError."""
+        code = self._lib.hv_vm_destroy()
+        if code:
+            fail("hv_vm_destroy", code)
+
+    def _query(self, call: str) -> int:
+        self._enter()
+        value = self._ffi.new("uint32_t *")
+        code = getattr(self._lib, call)(value)
+        if code:
+            fail(call, code)
+        return cast(int, value[0])
+
+    def map(self, region: Region, *, read_only: bool = False) -> None:
+        """Put ``region`` into the guest's physical address space; its buffer stays open until it is unmapped."""
+        self._enter()
+        buffer = self._ffi.from_buffer("char[]", region.buffer)
+        flags = MEMORY_READ | MEMORY_EXEC | (0 if read_only else MEMORY_WRITE)
+        code = self._lib.hv_vm_map(buffer, region.base, region.size, flags)
+        if code:
+            self._ffi.release(buffer)
+            fail(f"hv_vm_map({region.base:#x}, {region.size:#x})", code)
+        self._mapped[region.base] = region, buffer
+
+    def unmap(self, region: Region) -> None:
+        """Take it out again. Raises EngineError when it is not mapped."""
+        self._enter()
+        code = self._lib.hv_vm_unmap(region.base, region.size)
+        if code:
+            fail(f"hv_vm_unmap({region.base:#x}, {region.size:#x})", code)
+        _, buffer = self._mapped.pop(region.base)
+        self._ffi.release(buffer)
+
+    def host_wrote(self, gpa: int, length: int) -> None:
+        """The host wrote guest RAM: drop what was derived from the old contents. Any thread."""
+
+    def create_vcpu(self) -> NativeVcpu:
+        """A vCPU owned by the calling thread."""
+        self._enter()
+        return NativeVcpu(self._ffi, self._lib)
+
+    def close(self) -> None:
+        """Destroy the VM, its vCPUs being closed already; a second call does nothing."""
+        if self._closed:
+            return
+        self._enter()
+        self._destroy()
+        self._closed = True
+        for _, buffer in self._mapped.values():
+            self._ffi.release(buffer)
+        self._mapped.clear()

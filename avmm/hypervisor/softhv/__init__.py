@@ -1,0 +1,71 @@
+"""softhv: our own engine, a C library with the ABI and the manners of Apple's framework. Runs everywhere."""
+
+from __future__ import annotations
+
+from avmm.errors import EngineError
+from avmm.hypervisor._native import NativeHypervisor, NativeVcpu, fail
+
+try:
+    from avmm.hypervisor._softhv import ffi, lib
+except ImportError as error:  # a checkout that was never built, or a wheel for another machine
+    raise EngineError(f"softhv is not built: run `pip install -e .` in the checkout ({error})") from error
+
+_COUNTERS = [name for name, _ in ffi.typeof("softhv_counters_t").fields if name != "reserved"]
+
+
+class SofthvVcpu(NativeVcpu):
+    """A vCPU of softhv: one more than Apple's, it counts."""
+
+    def counters(self) -> dict[str, int]:
+        """softhv_counters_t of softhv.h, by field name. Any thread; a snapshot taken while it runs is racy."""
+        counters = ffi.new("softhv_counters_t *")
+        code = lib.softhv_vcpu_counters(self._handle, counters)
+        if code:
+            fail("softhv_vcpu_counters", code)
+        return {name: getattr(counters, name) for name in _COUNTERS}
+
+
+class Softhv(NativeHypervisor):
+    """One of any number of softhv VMs in the process."""
+
+    name = "softhv"
+    many_vms = True
+
+    def __init__(self) -> None:
+        super().__init__(ffi, lib)
+
+    def _create(self) -> None:
+        self._vm = lib.softhv_vm_new()
+        if self._vm == ffi.NULL:
+            raise EngineError("softhv_vm_new failed: the host is out of memory")
+
+    def _enter(self) -> None:
+        lib.softhv_vm_bind(self._vm)
+
+    def _destroy(self) -> None:
+        lib.softhv_vm_bind(ffi.NULL)  # never leave this thread bound to what is gone
+        code = lib.softhv_vm_free(self._vm)
+        if code:
+            fail("softhv_vm_free", code)
+
+    def host_wrote(self, gpa: int, length: int) -> None:
+        """Code translated from [gpa, gpa + length) is dropped before any vCPU runs on. Any thread."""
+        lib.softhv_invalidate(self._vm, gpa, length)
+
+    def create_vcpu(self) -> SofthvVcpu:
+        """A vCPU owned by the calling thread."""
+        self._enter()
+        return SofthvVcpu(ffi, lib)
+
+
+def timebase() -> tuple[int, int]:
+    """A tick of the counter in nanoseconds, as (numerator, denominator)."""
+    numer, denom = ffi.new("uint32_t *"), ffi.new("uint32_t *")
+    lib.softhv_timebase(numer, denom)
+    return numer[0], denom[0]
+
+
+def absolute_time() -> int:
+    """The host counter that vtimer offsets refer to, in ticks."""
+    ticks: int = lib.softhv_absolute_time()
+    return ticks

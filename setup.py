@@ -1,0 +1,9 @@
+"""The C parts; all else is in pyproject.toml, which has no place for these."""
+
+from pathlib import Path
+from runpy import run_path
+
+from setuptools import setup
+
+build = run_path(str(Path(__file__).with_name("avmm") / "hypervisor" / "_build.py"))
+setup(cffi_modules=build["MODULES"], cmdclass={"build_ext": build["BuildExt"]})
