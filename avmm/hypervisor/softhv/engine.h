@@ -22,6 +22,7 @@
 #include <string.h>
 
 #include "../hv.h"
+#include "fpu.h"
 #include "softhv.h"
 
 #define likely(x) __builtin_expect(!!(x), 1)
@@ -209,7 +210,10 @@ struct vcpu {
     bool irq_line, fiq_line; /* hv_vcpu_set_pending_interrupt */
     bool exiting;       /* exit is filled in: leave hv_vcpu_run */
     bool vtimer_masked;
-    uint32_t fpcr, fpsr;
+    union {
+        struct { uint32_t fpcr, fpsr; };
+        struct fpu fpu; /* the same two, as fpu.h wants them */
+    };
     vreg v[32];
     struct {
         uint64_t pa;  /* ~0: open */
