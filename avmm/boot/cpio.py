@@ -10,6 +10,7 @@ from __future__ import annotations
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from avmm.errors import ImageError
 
@@ -57,9 +58,8 @@ def pack(entries: Iterable[Entry]) -> bytes:
             raise ValueError(f"not a file name for an archive: {entry.name!r}")
         files[name] = entry
     for name in list(files):
-        while "/" in name:
-            name = name.rpartition("/")[0]
-            files.setdefault(name, directory(name))
+        for parent in PurePosixPath(name).parents[:-1]:  # the last one is "."
+            files.setdefault(str(parent), directory(str(parent)))
     out = bytearray()
     for inode, name in enumerate(sorted(files), 1):
         _put(out, inode, name, files[name])
