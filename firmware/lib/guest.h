@@ -41,6 +41,9 @@ static inline u64 counter(void) // CNTVCT_EL0, not read ahead of what comes befo
     return read_sysreg(cntvct_el0);
 }
 
+// The address of a label in assembly text. Hidden, or the linker's GOT entry would be the section's, not the label's.
+#define LABEL(name) ({ extern const u8 name[] __attribute__((visibility("hidden"))); (u64)name; })
+
 static inline u32 load32(u64 address) { return *(volatile u32 *)address; }
 static inline void store32(u64 address, u32 value) { *(volatile u32 *)address = value; }
 static inline void store8(u64 address, u8 value) { *(volatile u8 *)address = value; }
