@@ -1,0 +1,1 @@
+"""Device models: a register file each, and a coroutine where there is work to do."""
