@@ -38,11 +38,14 @@ class Softhv(NativeHypervisor):
         self._vm = lib.softhv_vm_new()
         if self._vm == ffi.NULL:
             raise EngineError("softhv_vm_new failed: the host is out of memory")
+        self._enter()
+        super()._create()
 
     def _enter(self) -> None:
         lib.softhv_vm_bind(self._vm)
 
     def _destroy(self) -> None:
+        super()._destroy()
         lib.softhv_vm_bind(ffi.NULL)  # never leave this thread bound to what is gone
         code = lib.softhv_vm_free(self._vm)
         if code:

@@ -1,0 +1,80 @@
+"""What both sides of a comparison are: a CPU at EL1 with some RAM, and the state one program leaves behind.
+
+Guest memory, identity mapped, normal write-back::
+
+    CODE      4 MiB   filled with HVC #0, so that a branch to anywhere in it ends the program; programs in the middle
+      VECTORS         the first 2 KiB: HVC #1
+    DATA      2 MiB   accessible from EL0 too (LDTR and friends), not executable; the page tables in its middle
+      SCRATCH         the first 128 KiB: what memory instructions use and what is compared
+    nothing mapped anywhere else
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass, field
+from enum import Enum
+
+MIB = 1 << 20
+BASE = 0x4000_0000
+CODE, CODE_SIZE = BASE, 4 * MIB
+VECTORS, VECTORS_SIZE = CODE, 0x800
+PROGRAMS, PROGRAMS_SIZE = CODE + 2 * MIB - 0x1_0000, 0x2_0000
+DATA, DATA_SIZE = CODE + CODE_SIZE, 2 * MIB
+SCRATCH, SCRATCH_SIZE = DATA, 0x2_0000
+TABLES = DATA + MIB
+END = DATA + DATA_SIZE
+SIZE = END - BASE
+
+HVC = 0xD400_0002
+HVC_VECTOR = 0xD400_0022
+
+
+class Outcome(Enum):
+    """How a program ended, as far as both sides can tell."""
+
+    DONE = "ran to its end"
+    UNDEFINED = "undefined instruction"
+    FAULT = "data abort"
+    SVC = "SVC"
+    BRK = "BRK"
+    HVC = "HVC"
+    SMC = "SMC"
+    WAIT = "WFI, WFE or YIELD"
+    TRAP = "another exception"
+    FAILED = "the engine failed"
+
+
+@dataclass
+class Registers:
+    """The state a program starts from. ``v`` holds Q0..Q31, 16 bytes each, little endian."""
+
+    x: list[int]
+    sp: int
+    nzcv: int
+    fpcr: int = 0
+    fpsr: int = 0
+    v: bytes = bytes(512)
+
+
+@dataclass
+class Result:
+    """The state a program leaves. ``detail`` says what the engine itself knew of an exception."""
+
+    outcome: Outcome
+    pc: int
+    x: list[int] = field(default_factory=list)
+    sp: int = 0
+    nzcv: int = 0
+    fpcr: int = 0
+    fpsr: int = 0
+    v: bytes = b""
+    detail: str = ""
+
+
+def new_ram() -> mmap.mmap:
+    """RAM with everything laid out but the page tables' contents, which only softhv needs."""
+    ram = mmap.mmap(-1, SIZE)
+    ram[:CODE_SIZE] = HVC.to_bytes(4, "little") * (CODE_SIZE // 4)
+    ram[:VECTORS_SIZE] = HVC_VECTOR.to_bytes(4, "little") * (VECTORS_SIZE // 4)
+    return ram

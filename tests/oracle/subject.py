@@ -1,0 +1,159 @@
+"""The subject: softhv at EL1 with its MMU on, behind much the same interface as the reference."""
+
+from __future__ import annotations
+
+from avmm.hypervisor import sysreg
+from avmm.hypervisor._softhv import ffi, lib
+from avmm.hypervisor.base import Reg
+from avmm.hypervisor.softhv import Softhv
+from avmm.memory import Region
+from tests.oracle.machine import (
+    BASE,
+    CODE,
+    CODE_SIZE,
+    DATA,
+    MIB,
+    TABLES,
+    VECTORS,
+    VECTORS_SIZE,
+    Outcome,
+    Registers,
+    Result,
+    new_ram,
+)
+
+SCTLR, CPACR, TTBR0, TCR = (sysreg(3, 0, 1, 0, 0), sysreg(3, 0, 1, 0, 2), sysreg(3, 0, 2, 0, 0), sysreg(3, 0, 2, 0, 2))
+SPSR, ELR, ESR, FAR = (sysreg(3, 0, 4, 0, 0), sysreg(3, 0, 4, 0, 1), sysreg(3, 0, 5, 2, 0), sysreg(3, 0, 6, 0, 0))
+MAIR, VBAR, SP_EL1 = sysreg(3, 0, 10, 2, 0), sysreg(3, 0, 12, 0, 0), sysreg(3, 4, 4, 1, 0)
+
+EL1H_MASKED = 0x3C5
+#: ESR_EL1.EC of what a program may raise (Arm ARM D17.2.37).
+TO_EL1 = {
+    0x00: Outcome.UNDEFINED, 0x0E: Outcome.UNDEFINED, 0x15: Outcome.SVC, 0x25: Outcome.FAULT, 0x3C: Outcome.BRK,
+}  # fmt: skip
+FETCH = {0x21, 0x22}  # instruction abort, PC alignment: a branch went there
+#: ESR_EL2.EC of what leaves the guest.
+TO_EL2 = {0x01: Outcome.WAIT, 0x17: Outcome.SMC, 0x24: Outcome.FAULT}
+
+
+class Subject:
+    """One vCPU of softhv. Its memory is ``ram``; call :meth:`loaded` after writing programs into it."""
+
+    def __init__(self) -> None:
+        self.ram = new_ram()
+        self._write_tables()
+        self._vm = Softhv()
+        self._vm.map(Region(BASE, self.ram))
+        self._vcpu = self._vm.create_vcpu()
+        for encoding, value in (
+            (MAIR, 0xFF),  # attribute 0: normal, write-back
+            (TCR, 25 | 1 << 8 | 1 << 10 | 3 << 12 | 1 << 23 | 2 << 32),  # 39 bits, 4 KiB, TTBR1 off, 40-bit PAs
+            (TTBR0, TABLES),
+            (VBAR, VECTORS),
+            (CPACR, 3 << 20),
+            (SCTLR, 0x30D0_0800 | 1 << 12 | 1 << 2 | 1),  # RES1 and SPAN, I, C, M
+        ):
+            self._vcpu.set_sysreg(encoding, value)
+        handle = self._handle = self._vcpu._handle  # the C interface: twice as fast as the methods
+        self._exit = self._vcpu._exit
+        self._x = ffi.new("uint64_t[31]")
+        self._x_at = [(index, self._x + index) for index in range(31)]
+        self._vector = ffi.new("uint8_t[512]")
+        self._vector_at = [(index, self._vector + 16 * index) for index in range(32)]
+        self._cell = ffi.new("uint64_t *")
+        if lib.hv_vcpu_set_reg(handle, Reg.CPSR, EL1H_MASKED):
+            raise RuntimeError("softhv refuses its own registers")
+
+    def _write_tables(self) -> None:
+        """One level 1 entry, then three 2 MiB blocks (Arm ARM D8.3): code for EL1 alone, data for EL0 as well."""
+        block = 1 | 3 << 8 | 1 << 10  # a block, inner shareable, accessed, attribute 0
+        never_executed = 3 << 53
+        user = 1 << 6
+        level1, level2 = TABLES, TABLES + 0x1000
+
+        def entry(table: int, index: int, value: int) -> None:
+            at = table - BASE + 8 * index
+            self.ram[at : at + 8] = value.to_bytes(8, "little")
+
+        entry(level1, BASE >> 30, level2 | 3)
+        entry(level2, 0, CODE | block)
+        entry(level2, 1, CODE + 2 * MIB | block)
+        entry(level2, 2, DATA | block | never_executed | user)
+
+    def loaded(self) -> None:
+        """Programs were written: forget translations of what was there."""
+        self._vm.host_wrote(CODE, CODE_SIZE)
+
+    def id_register(self, encoding: int) -> int:
+        """An ID register, or any other."""
+        return self._sysreg(encoding)
+
+    def _reg(self, reg: int) -> int:
+        lib.hv_vcpu_get_reg(self._handle, reg, self._cell)
+        value: int = self._cell[0]
+        return value
+
+    def _sysreg(self, encoding: int) -> int:
+        lib.hv_vcpu_get_sys_reg(self._handle, encoding, self._cell)
+        value: int = self._cell[0]
+        return value
+
+    def run(self, start: int, before: Registers, vectors: bool) -> Result:
+        """Run from ``start`` to the first HVC or exception. Without ``vectors``, V0..V31 stay as they were."""
+        handle, set_reg, get_reg = self._handle, lib.hv_vcpu_set_reg, lib.hv_vcpu_get_reg
+        for index, value in enumerate(before.x):
+            set_reg(handle, index, value)
+        set_reg(handle, Reg.PC, start)
+        set_reg(handle, Reg.FPCR, before.fpcr)
+        set_reg(handle, Reg.FPSR, before.fpsr)
+        set_reg(handle, Reg.CPSR, EL1H_MASKED | before.nzcv)
+        lib.hv_vcpu_set_sys_reg(handle, SP_EL1, before.sp)
+        if vectors:
+            ffi.buffer(self._vector)[:] = before.v
+            for index, at in self._vector_at:
+                lib.avmm_set_simd_fp_reg(handle, index, at)
+        code = lib.hv_vcpu_run(handle)
+        while not code and self._exit.reason != 1:  # kicks, the timer: not ours
+            code = lib.hv_vcpu_run(handle)
+        for index, at in self._x_at:
+            get_reg(handle, index, at)
+        if vectors:
+            for index, at in self._vector_at:
+                lib.avmm_get_simd_fp_reg(handle, index, at)
+        outcome, pc, pstate, detail = self._outcome(code)
+        return Result(
+            outcome,
+            pc,
+            list(self._x),
+            self._sysreg(SP_EL1),
+            pstate & 0xF000_0000,
+            self._reg(Reg.FPCR),
+            self._reg(Reg.FPSR),
+            bytes(ffi.buffer(self._vector)) if vectors else b"",
+            detail,
+        )
+
+    def _outcome(self, code: int) -> tuple[Outcome, int, int, str]:
+        """How it ended, the PC, PSTATE then, and what the syndrome says."""
+        pc, pstate = self._reg(Reg.PC), self._reg(Reg.CPSR)
+        if code:
+            return Outcome.FAILED, pc, pstate, f"hv_vcpu_run: {code & 0xFFFF_FFFF:#x}"
+        syndrome = self._exit.exception.syndrome
+        kind = syndrome >> 26
+        if kind != 0x16:
+            detail = f"ESR_EL2 {syndrome:#x} IPA {self._exit.exception.physical_address:#x}"
+            return TO_EL2.get(kind, Outcome.TRAP), pc, pstate, detail
+        pc -= 4
+        if not VECTORS <= pc < VECTORS + VECTORS_SIZE:
+            return Outcome.DONE, pc, pstate, ""
+        esr, elr, spsr = self._sysreg(ESR), self._sysreg(ELR), self._sysreg(SPSR)
+        kind = esr >> 26 & 0x3F
+        detail = f"vector {pc - VECTORS:#x} ESR_EL1 {esr:#x} FAR_EL1 {self._sysreg(FAR):#x}"
+        if kind in FETCH:
+            return Outcome.DONE, elr, spsr, detail
+        return TO_EL1.get(kind, Outcome.TRAP), elr, spsr, detail
+
+    def close(self) -> None:
+        """Destroy the vCPU and the VM."""
+        self._vcpu.close()
+        self._vm.close()

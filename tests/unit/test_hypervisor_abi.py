@@ -1,0 +1,137 @@
+"""hv.h and frame.h, as cffi read them, against Apple's ABI value by value.
+
+The values are those of macOS's <Hypervisor/hv_base.h>, <hv_vcpu_types.h> and <hv_error.h>, written down here a second
+time on purpose.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from avmm.hypervisor import ExitKind, Finish, Reg, sysreg
+from avmm.hypervisor._native import MEMORY_EXEC, MEMORY_READ, MEMORY_WRITE, RETURN_CODES
+from avmm.hypervisor._softhv import ffi, lib
+
+HYPERVISOR = Path(__file__).parents[2] / "avmm" / "hypervisor"
+ENGINE = (HYPERVISOR / "softhv" / "engine.h").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("hv_return_t", 4),
+        ("hv_vcpu_t", 8),
+        ("hv_ipa_t", 8),
+        ("hv_memory_flags_t", 8),
+        ("hv_exception_syndrome_t", 8),
+        ("hv_exception_address_t", 8),
+        ("hv_exit_reason_t", 4),
+        ("hv_interrupt_type_t", 4),
+        ("hv_reg_t", 4),
+        ("hv_simd_fp_reg_t", 4),
+        ("hv_sys_reg_t", 2),
+        ("hv_feature_reg_t", 4),
+        ("hv_vcpu_exit_t", 32),
+        ("hv_vcpu_exit_exception_t", 24),
+    ],
+)
+def test_size_of_type(name: str, size: int) -> None:
+    assert ffi.sizeof(name) == size
+
+
+def test_return_codes_are_signed() -> None:
+    assert int(ffi.cast("hv_return_t", 0xFAE94001)) == 0xFAE94001 - (1 << 32)
+
+
+def test_exit_layout() -> None:
+    assert ffi.offsetof("hv_vcpu_exit_t", "reason") == 0
+    assert ffi.offsetof("hv_vcpu_exit_t", "exception") == 8
+    assert ffi.offsetof("hv_vcpu_exit_t", "exception", "syndrome") == 8
+    assert ffi.offsetof("hv_vcpu_exit_t", "exception", "virtual_address") == 16
+    assert ffi.offsetof("hv_vcpu_exit_t", "exception", "physical_address") == 24
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HV_SUCCESS", 0),
+        ("HV_ERROR", 0xFAE94001),
+        ("HV_BUSY", 0xFAE94002),
+        ("HV_BAD_ARGUMENT", 0xFAE94003),
+        ("HV_ILLEGAL_GUEST_STATE", 0xFAE94004),
+        ("HV_NO_RESOURCES", 0xFAE94005),
+        ("HV_NO_DEVICE", 0xFAE94006),
+        ("HV_DENIED", 0xFAE94007),
+        ("HV_UNSUPPORTED", 0xFAE9400F),
+    ],
+)
+def test_return_code(name: str, value: int) -> None:
+    assert RETURN_CODES[value] == name
+    match = re.search(rf"#define {name} (?:\(\(hv_return_t\))?(0x[0-9a-f]+|0)\b", ENGINE)
+    assert match is not None
+    assert int(match[1], 0) == value
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["HV_EXIT_REASON_CANCELED", "HV_EXIT_REASON_EXCEPTION", "HV_EXIT_REASON_VTIMER_ACTIVATED", "HV_EXIT_REASON_UNKNOWN"],
+        ["HV_INTERRUPT_TYPE_IRQ", "HV_INTERRUPT_TYPE_FIQ"],
+    ],
+)  # fmt: skip
+def test_enumeration_counts_from_zero(names: list[str]) -> None:
+    assert f"enum {{ {', '.join(names)} }};" in ENGINE
+
+
+def test_memory_flags() -> None:
+    assert (MEMORY_READ, MEMORY_WRITE, MEMORY_EXEC) == (1, 2, 4)
+    assert "enum { HV_MEMORY_READ = 1, HV_MEMORY_WRITE = 2, HV_MEMORY_EXEC = 4 };" in ENGINE
+
+
+def test_registers() -> None:
+    assert (Reg.PC, Reg.FPCR, Reg.FPSR, Reg.CPSR) == (31, 32, 33, 34)
+
+
+@pytest.mark.parametrize(
+    ("fields", "encoding"),
+    [
+        ((2, 0, 0, 0, 4), 0x8004),  # DBGBVR0_EL1
+        ((2, 0, 0, 2, 2), 0x8012),  # MDSCR_EL1
+        ((3, 0, 0, 0, 0), 0xC000),  # MIDR_EL1
+        ((3, 0, 0, 0, 5), 0xC005),  # MPIDR_EL1
+        ((3, 0, 0, 4, 0), 0xC020),  # ID_AA64PFR0_EL1
+        ((3, 0, 1, 0, 0), 0xC080),  # SCTLR_EL1
+        ((3, 0, 1, 0, 2), 0xC082),  # CPACR_EL1
+        ((3, 0, 2, 0, 0), 0xC100),  # TTBR0_EL1
+        ((3, 0, 4, 0, 0), 0xC200),  # SPSR_EL1
+        ((3, 0, 4, 1, 0), 0xC208),  # SP_EL0
+        ((3, 0, 10, 2, 0), 0xC510),  # MAIR_EL1
+        ((3, 0, 12, 0, 0), 0xC600),  # VBAR_EL1
+        ((3, 0, 14, 1, 0), 0xC708),  # CNTKCTL_EL1
+        ((3, 2, 0, 0, 0), 0xD000),  # CSSELR_EL1
+        ((3, 3, 13, 0, 2), 0xDE82),  # TPIDR_EL0
+        ((3, 3, 14, 3, 1), 0xDF19),  # CNTV_CTL_EL0
+        ((3, 3, 14, 3, 2), 0xDF1A),  # CNTV_CVAL_EL0
+        ((3, 4, 4, 1, 0), 0xE208),  # SP_EL1
+    ],
+)
+def test_sysreg_encoding(fields: tuple[int, int, int, int, int], encoding: int) -> None:
+    assert sysreg(*fields) == encoding
+
+
+@pytest.mark.parametrize("kind", ExitKind)
+def test_exit_kind_is_the_header_s(kind: ExitKind) -> None:
+    assert getattr(lib, f"AVMM_EXIT_{kind.name}") == kind
+
+
+@pytest.mark.parametrize("finish", Finish)
+def test_finish_is_the_header_s(finish: Finish) -> None:
+    assert getattr(lib, f"AVMM_FINISH_{finish.name}") == finish
+
+
+def test_every_exit_kind_is_known() -> None:
+    text = (HYPERVISOR / "frame.h").read_text()
+    assert set(re.findall(r"#define AVMM_EXIT_(\w+)", text)) == {kind.name for kind in ExitKind}
