@@ -21,6 +21,10 @@ MAGIC = {b"\x1f\x8b": "gzip", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 Buffer = bytes | memoryview
 
 
+class TooLarge(ImageError):
+    """More comes out than there may be."""
+
+
 def detect(data: Buffer) -> str | None:
     """The name of the format ``data`` is compressed with, or None."""
     head = bytes(data[:8])
@@ -35,7 +39,7 @@ def decompress(kind: str, data: Buffer, limit: int) -> bytes:
 def pieces(kind: str, data: Buffer, limit: int) -> Iterator[bytes]:
     """``data`` unpacked, piece by piece. ``kind`` is gzip, xz, lzma or zstd; bytes after the end are ignored.
 
-    Raises ImageError when more than ``limit`` bytes come out, when the data is damaged or cut short, or when
+    Raises TooLarge when more than ``limit`` bytes come out, ImageError when the data is damaged or cut short, or when
     this Python cannot unpack the format.
     """
     total = 0
@@ -43,7 +47,7 @@ def pieces(kind: str, data: Buffer, limit: int) -> Iterator[bytes]:
         for piece in _decoder(kind, data):
             total += len(piece)
             if total > limit:
-                raise ImageError(f"unpacks to more than {limit >> 20} MiB")
+                raise TooLarge(f"unpacks to more than {limit >> 20} MiB")
             yield piece
     except (zlib.error, lzma.LZMAError, EOFError) as error:
         raise ImageError(f"the {kind} data is damaged: {error}") from error

@@ -3,7 +3,7 @@
 Packages come from the host's own apt (which checks signatures), run as whoever asks and with private state, or
 from ``--mirror URL`` where there is no apt; checksums are followed from the release file down to the package.
 
-    kernel, initrd = ...                       avmm fetch debian          # prints the two paths
+    avmm fetch debian                          # prints the two paths
     fetched = fetch_debian(flavour="cloud")    # the same for programs; fast and offline once it is there
 """
 
@@ -19,8 +19,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -338,6 +336,9 @@ class Mirror:
 
     def _get(self, path: str, limit: int, digest: str | None = None) -> bytes:
         """The bytes at ``path`` below the mirror: no more than ``limit``, and with that SHA-256 if one is given."""
+        import urllib.error
+        import urllib.request  # here, because every command imports this module, and this one takes long
+
         url = f"{self._url}/{path}"
         try:
             with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:

@@ -1,0 +1,166 @@
+"""Kernel files: the arm64 ``Image``, plain or packed, and a clear word about everything else.
+
+Format: Documentation/arch/arm64/booting.rst; an EFI zboot file is drivers/firmware/efi/libstub/zboot-header.S.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from avmm.boot import compress
+from avmm.errors import ImageError
+
+_HEADER_SIZE = 64
+_MAGIC_AT, _MAGIC = 56, b"ARM\x64"
+#: Where kernels older than Linux 3.17, which leave ``image_size`` zero, want to be.
+_OLD_TEXT_OFFSET = 0x8_0000
+#: A kernel file in a folder of its own can be packed twice (zboot in gzip), not more.
+_NESTING = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A kernel ready to be placed.
+
+    ``image`` goes to a 2 MiB aligned base + ``text_offset``; ``image_size`` bytes from there must be RAM (never less
+    than ``image`` has). ``flags`` are the header's; ``page_size`` is the kernel's own in bytes, or None if it
+    does not say.
+    """
+
+    image: bytes | memoryview
+    text_offset: int
+    image_size: int
+    flags: int
+    page_size: int | None
+
+
+def read_file(path: str | os.PathLike[str], what: str, limit: int) -> bytes:
+    """The content of an image file called ``what`` in errors. Raises ImageError, also over ``limit`` bytes."""
+    path = Path(path)
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(limit + 1)
+    except FileNotFoundError:
+        raise ImageError(f"{path}: there is no such {what}; `avmm fetch debian` gets one") from None
+    except IsADirectoryError:
+        raise ImageError(f"{path}: is a folder, not a {what}") from None
+    except OSError as error:
+        raise ImageError(f"{path}: cannot read this {what}: {error.strerror}") from error
+    if not content:
+        raise ImageError(f"{path}: this {what} is empty")
+    if len(content) > limit:
+        raise ImageError(f"{path}: this {what} is larger than the guest's memory of {limit >> 20} MiB: give it more")
+    return content
+
+
+def load_kernel(path: str | os.PathLike[str], memory: int) -> Kernel:
+    """The kernel in the file ``path``, for a guest of ``memory`` bytes. Raises ImageError, naming the file."""
+    content = read_file(path, "kernel", memory)
+    try:
+        return parse_kernel(content, memory)
+    except ImageError as error:
+        raise ImageError(f"{os.fspath(path)}: {error}") from error
+
+
+def parse_kernel(content: bytes | memoryview, memory: int) -> Kernel:
+    """The kernel in ``content``: an Image, or one packed with gzip, xz, zstd or as EFI zboot. Raises ImageError."""
+    for _ in range(_NESTING):
+        kind = compress.detect(content)
+        if kind is not None:
+            content = _unpack(kind, content, memory)
+        elif bytes(content[:2]) == b"MZ" and bytes(content[4:8]) == b"zimg":
+            content = _zboot(memoryview(content), memory)
+    if bytes(content[_MAGIC_AT:_HEADER_SIZE][:4]) != _MAGIC:
+        raise ImageError(_explain(bytes(content[:1024])))
+    return _image(content, memory)
+
+
+def _unpack(kind: str, content: bytes | memoryview, memory: int) -> bytes:
+    try:
+        return compress.decompress(kind, content, memory)
+    except compress.TooLarge as error:
+        raise ImageError(f"the kernel {error}, the guest's memory: give it more") from error
+
+
+def _zboot(content: memoryview, memory: int) -> bytes:
+    from construct import Bytes, ConstructError, Int32ul, Padding, Struct
+
+    header = Struct(
+        "mz" / Bytes(4), "zimg" / Bytes(4), "offset" / Int32ul, "size" / Int32ul, Padding(8), "kind" / Bytes(32)
+    )
+    try:
+        found = header.parse(bytes(content[:_HEADER_SIZE]))
+    except ConstructError:
+        raise ImageError("the EFI zboot header is cut short: get the file again") from None
+    kind = found.kind.split(b"\0")[0].decode("ascii", "replace")
+    payload = content[found.offset : found.offset + found.size]
+    if len(payload) < found.size:
+        raise ImageError("the kernel is cut short: get the file again")
+    return _unpack({"xzkern": "xz", "zstd22": "zstd"}.get(kind, kind), payload, memory)
+
+
+def _image(content: bytes | memoryview, memory: int) -> Kernel:
+    from construct import Bytes, Const, Int32ul, Int64ul, Padding, Struct
+
+    if len(content) < _HEADER_SIZE:
+        raise ImageError("the kernel is cut short: get the file again")
+    header = Struct(
+        "code" / Bytes(8), "text_offset" / Int64ul, "image_size" / Int64ul, "flags" / Int64ul, Padding(24),
+        "magic" / Const(_MAGIC), "pe_offset" / Int32ul,
+    ).parse(bytes(content[:_HEADER_SIZE]))  # fmt: skip
+    if header.flags & 1:
+        raise ImageError("this is a big-endian kernel, and avmm runs little-endian ones only")
+    if len(content) < _file_size(content, header.pe_offset):
+        raise ImageError("the kernel is cut short: get the file again")
+    size = max(header.image_size, len(content))
+    offset = header.text_offset if header.image_size else _OLD_TEXT_OFFSET
+    if offset + size > memory:
+        need = -(-(offset + size) // (1 << 20))
+        raise ImageError(f"the kernel takes {need} MiB, and the guest has {memory >> 20} MiB: give it more memory")
+    page_size = (None, 0x1000, 0x4000, 0x10000)[header.flags >> 1 & 3]
+    return Kernel(content, offset, size, header.flags, page_size)
+
+
+def _file_size(content: bytes | memoryview, pe_offset: int) -> int:
+    """What the file's PE sections need it to be at least (a kernel with an EFI stub is a PE file too), else 0.
+
+    The kernel's own header cannot tell that a file is cut short: ``image_size`` counts memory, not bytes in the file.
+    """
+    try:
+        if bytes(content[pe_offset : pe_offset + 4]) != b"PE\0\0":
+            return 0
+        (count,) = struct.unpack_from("<H", content, pe_offset + 6)
+        (optional,) = struct.unpack_from("<H", content, pe_offset + 20)
+        table = pe_offset + 24 + optional
+        ends = (sum(struct.unpack_from("<II", content, table + 40 * index + 16)) for index in range(count))
+        return max(ends, default=0)
+    except struct.error:
+        return len(content) + 1  # its header does not even hold the section table
+
+
+def _explain(head: bytes) -> str:
+    """What a file is that is no arm64 Image, and what to do about it."""
+    if head.startswith(b"\x7fELF"):
+        if head[18:20] == b"\xb7\0":
+            return "this is an ELF file (vmlinux): use the Image from arch/arm64/boot instead"
+        return "this is an ELF file for another kind of machine: get an arm64 Image"
+    if head[0x202:0x206] == b"HdrS":
+        return "this is an x86 kernel (bzImage): get one for arm64"
+    if head[0x24:0x28] in (b"\x18\x28\x6f\x01", b"\x01\x6f\x28\x18"):
+        return "this is a kernel for 32-bit ARM (zImage): get one for arm64"
+    if head[0x38:0x3C] == b"RSC\x05":
+        return "this is a RISC-V kernel: get one for arm64"
+    if head.startswith(b"0707"):
+        return "this is an initrd (cpio), not a kernel: the kernel comes first"
+    if head.startswith(b"\xd0\x0d\xfe\xed"):
+        return "this is a device tree or a FIT image, not an arm64 Image: extract the kernel with dumpimage"
+    if head.startswith(b"\x27\x05\x19\x56"):
+        return "this is a U-Boot uImage: extract the kernel with dumpimage"
+    if head.startswith((b"\x04\x22\x4d\x18", b"\x02\x21\x4c\x18", b"BZh", b"\x89LZO")):
+        return "this is packed in a way avmm cannot unpack: unpack it first"
+    if len(head) < _HEADER_SIZE:
+        return "the kernel is cut short: get the file again"
+    return "this is not an arm64 Linux kernel (no Image header): give it an Image, Image.gz or vmlinuz"
