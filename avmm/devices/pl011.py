@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from avmm.devices.primecell import WINDOW, identification
+from avmm.fdt import CLOCK_PHANDLE, LEVEL, Node, Placement, cells
 from avmm.irq import IrqLine
 
 PL011_SIZE: Final = WINDOW
@@ -325,3 +326,17 @@ class Pl011:
             self._level = bool(self._ris & self._imsc)
             self._irq.restore(self._level)
             self._wake_feeder()
+
+    @staticmethod
+    def fdt_node(placement: Placement) -> Node:
+        """The device-tree node. Without its clocks Linux does not bind a PrimeCell."""
+        return Node(
+            f"pl011@{placement.base:x}",
+            {
+                "compatible": ["arm,pl011", "arm,primecell"],
+                "reg": placement.reg,
+                "interrupts": placement.interrupts(LEVEL),
+                "clocks": cells(CLOCK_PHANDLE, CLOCK_PHANDLE),
+                "clock-names": ["uartclk", "apb_pclk"],
+            },
+        )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from avmm.devices.primecell import WINDOW, identification
+from avmm.fdt import CLOCK_PHANDLE, LEVEL, Node, Placement, cells
 from avmm.irq import IrqLine
 
 PL031_SIZE: Final = WINDOW
@@ -169,3 +170,17 @@ class Pl031:
             self._level = bool(self._ris & self._imsc)
             self._irq.restore(self._level)
             self._wake()
+
+    @staticmethod
+    def fdt_node(placement: Placement) -> Node:
+        """The device-tree node. Without its clocks Linux does not bind a PrimeCell."""
+        return Node(
+            f"pl031@{placement.base:x}",
+            {
+                "compatible": ["arm,pl031", "arm,primecell"],
+                "reg": placement.reg,
+                "interrupts": placement.interrupts(LEVEL),
+                "clocks": cells(CLOCK_PHANDLE),
+                "clock-names": "apb_pclk",
+            },
+        )
