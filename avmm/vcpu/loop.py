@@ -1,0 +1,496 @@
+"""One vCPU: its thread, which runs the guest and serves exits, and its coroutine, which waits.
+
+The split is by cost. An exit served on the vCPU's thread takes microseconds, a trip to the event loop and back
+hundreds: so the thread comes back only with something to await (park, off, pause) or to report (:class:`Event`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final, TypeVar
+
+from avmm.aio import outlast
+from avmm.bus import Bus
+from avmm.clock import Clock
+from avmm.errors import AvmmError, EngineError, GuestError, GuestFault
+from avmm.hypervisor.base import ExitKind, Finish, Hypervisor, Reg, Vcpu
+from avmm.irq import IrqChip
+from avmm.vcpu import exits, sysregs
+from avmm.vcpu.park import PAUSE, STOP, TRIP_NS, Cause, Mode, Parking, Timers
+from avmm.vcpu.psci import SUCCESS, Action, Psci
+
+T = TypeVar("T")
+
+_U64: Final = (1 << 64) - 1
+
+#: INTID of the EL1 virtual timer's PPI (Arm BSA, and what our device tree says).
+VTIMER_INTID: Final = 27
+
+#: CNTV_CTL_EL0 when the timer's output is high: ENABLE and ISTATUS, not IMASK.
+_VTIMER_HIGH: Final = 0b101
+
+#: PSTATE at a vCPU's start: EL1h, DAIF masked (Linux Documentation/arch/arm64/booting.rst; DEN 0022, 6.4.3.2).
+_PSTATE_AT_START: Final = 0x3C5
+
+#: WFE is a hint and steps over. A guest that does nothing else, this many times on end, waits for long (a spin-table
+#: secondary, a lock holder that does not run): then it naps, for so many nanoseconds at a time.
+_WFE_PATIENCE: Final = 256
+_WFE_NAP_NS: Final = 1_000_000
+
+#: How often, in seconds, a vCPU that was called out of the guest is called again until it comes.
+_REKICK: Final = 0.01
+
+#: Signals that a fault of this very thread raises; blocking them would only hide where it happened.
+_OWN_FAULTS: Final = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT})
+
+_MMIO_READ: Final = int(ExitKind.MMIO_READ)
+_MMIO_WRITE: Final = int(ExitKind.MMIO_WRITE)
+_CANCELED: Final = int(ExitKind.CANCELED)
+_WFE: Final = int(ExitKind.WFE)
+_NONE: Final = int(Finish.NONE)
+_ADVANCE: Final = int(Finish.ADVANCE)
+_RESULT: Final = int(Finish.RESULT)
+
+
+class Event(Enum):
+    """Why a vCPU's thread came back to the loop."""
+
+    PARK = "park"
+    OFF = "off"
+    PAUSE = "pause"
+    STOP = "stop"
+    POWER_OFF = "power-off"
+    RESET = "reset"
+    FAULT = "fault"
+
+
+#: Events that end :meth:`VcpuLoop.run`.
+_ENDS: Final = frozenset({Event.STOP, Event.POWER_OFF, Event.RESET, Event.FAULT})
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a vCPU's run ended: STOP, POWER_OFF, RESET or FAULT, and with FAULT the error."""
+
+    event: Event
+    vcpu: int
+    error: AvmmError | None = None
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a vCPU did, as plain numbers that anybody may read at any time."""
+
+    exits: list[int] = field(default_factory=lambda: [0] * len(ExitKind))  # by ExitKind
+    parks: int = 0
+    not_parked_expired: int = 0  # the deadline had passed already
+    not_parked_soon: int = 0  # it was less than a trip away
+    not_parked_pending: int = 0  # an interrupt, a pause or a stop was pending
+    aborts: int = 0  # external aborts injected
+    undefined: int = 0  # undefined instruction exceptions injected
+
+
+def _block_signals() -> None:
+    """A signal handled on a vCPU's thread would make the engine return for nothing (UNKNOWN on macOS)."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.valid_signals()) - _OWN_FAULTS)
+
+
+class VcpuLoop:
+    """vCPU ``index`` of a VM. Made and used on the event loop's thread; ``lock`` is the VM's.
+
+    ``run()`` is its whole life. A vCPU starts off; ``psci.power_on(index, entry, x0)`` starts one::
+
+        vcpus = [VcpuLoop(n, hypervisor=…, bus=…, irqchip=…, psci=…, clock=…, timers=…, lock=…) for n in range(cpus)]
+        psci.power_on(0, entry, dtb)
+        outcomes = [tasks.create_task(vcpu.run()) for vcpu in vcpus]
+    """
+
+    def __init__(
+        self,
+        index: int,
+        *,
+        hypervisor: Hypervisor,
+        bus: Bus,
+        irqchip: IrqChip,
+        psci: Psci,
+        clock: Clock,
+        timers: Timers,
+        lock: threading.RLock,
+    ) -> None:
+        self.index = index
+        self.mpidr = sysregs.mpidr(index)
+        self.counters = Counters()
+        self.parking = Parking(lock, asyncio.get_running_loop(), timers)
+        self._hypervisor = hypervisor
+        self._bus = bus
+        self._irqchip = irqchip
+        self._psci = psci
+        self._clock = clock
+        self._lock = lock
+        irqchip.connect(index, self.mpidr, self.parking)
+        psci.connect(self.mpidr, self.parking.power_on)
+        self._vtimer_line = irqchip.ppi(index, VTIMER_INTID)
+        self._vtimer_masked = False  # by VTIMER_ACTIVATED, until we unmask it
+        self._vtimer_high = False  # what we drive PPI 27 with
+        self._executor: ThreadPoolExecutor | None = None
+        self._job: asyncio.Future[Event] | None = None
+        self._resumed = asyncio.Event()
+        self._resumed.set()
+        self._vcpu: Vcpu | None = None
+        self._error: AvmmError | None = None
+        self._sctlr_at_reset = 0
+        self._wfe_run = 0
+        self._wfe_others = 0
+
+    # The coroutine.
+
+    async def start(self) -> None:
+        """Create the thread and, on it, the vCPU. Raises EngineError."""
+        self._executor = ThreadPoolExecutor(1, f"avmm-vcpu{self.index}", _block_signals)
+        await self._on_thread(self._create)
+
+    async def run(self) -> Outcome:
+        """Run until the guest powers off, resets or faults, or :meth:`stop`; then destroy the vCPU, join its thread.
+
+        Cancelling does the same and raises CancelledError.
+        """
+        try:
+            if self._executor is None:
+                await self.start()
+            return await self._run()
+        finally:
+            await outlast(asyncio.ensure_future(self._close()))
+
+    async def _run(self) -> Outcome:
+        parking = self.parking
+        executor = self._executor
+        assert executor is not None
+        while True:
+            await parking.wait()
+            await self._resumed.wait()
+            if parking.attention & STOP:
+                return Outcome(Event.STOP, self.index)
+            # Shielded: a cancelled run() must still know when the thread has come out of the guest.
+            self._job = asyncio.wrap_future(executor.submit(self.run_until_event))
+            event = await asyncio.shield(self._job)
+            if event in _ENDS:
+                return Outcome(event, self.index, self._error)
+
+    async def pause(self) -> None:
+        """Bring the vCPU to a safe point: outside the guest, no exit half served. A parked one is there already."""
+        self._resumed.clear()
+        self.parking.request(PAUSE)
+        await self._settle()
+
+    def resume(self) -> None:
+        """Go on after :meth:`pause`."""
+        self.parking.withdraw(PAUSE)
+        self._resumed.set()
+
+    async def stop(self) -> None:
+        """End :meth:`run` with STOP, whatever the vCPU is doing; returns once it is outside the guest."""
+        self.parking.request(STOP)
+        self._resumed.set()
+        await self._settle()
+
+    async def call(self, function: Callable[[Vcpu], T]) -> T:
+        """``function(vcpu)`` on the vCPU's thread: before :meth:`run`, or while paused."""
+        vcpu = self._vcpu
+        if vcpu is None:
+            raise EngineError(f"vCPU {self.index} does not exist now: start it first")
+        return await self._on_thread(lambda: function(vcpu))
+
+    async def _on_thread(self, function: Callable[[], T]) -> T:
+        assert self._executor is not None
+        return await asyncio.wrap_future(self._executor.submit(function))
+
+    async def _settle(self) -> None:
+        """Wait until the thread is outside the guest, kicking again and again: a kick may be lost."""
+        job = self._job
+        while job is not None and not job.done():
+            await asyncio.wait((job,), timeout=_REKICK)
+            self.parking.rekick()
+
+    async def _close(self) -> None:
+        await self.stop()
+        self.parking.stopped()
+        executor, self._executor = self._executor, None
+        if executor is not None:
+            try:
+                await asyncio.wrap_future(executor.submit(self._destroy))
+            finally:
+                executor.shutdown()  # its thread is idle: this waits no longer than it takes to end
+
+    # The vCPU's thread.
+
+    def _create(self) -> None:
+        self._vcpu = vcpu = self._hypervisor.create_vcpu()
+        vcpu.set_sysreg(sysregs.MPIDR_EL1, self.mpidr)
+        pfr0 = vcpu.get_sysreg(sysregs.ID_AA64PFR0_EL1)
+        if not pfr0 >> 24 & 0xF:  # the GIC's system register interface: we provide it, the engine need not know
+            vcpu.set_sysreg(sysregs.ID_AA64PFR0_EL1, pfr0 | 1 << 24)
+        vcpu.set_vtimer_offset(self._clock.offset)
+        self._sctlr_at_reset = vcpu.get_sysreg(sysregs.SCTLR_EL1)
+        self.parking.kick = vcpu.kick
+
+    def _destroy(self) -> None:
+        vcpu, self._vcpu = self._vcpu, None
+        if vcpu is not None:
+            vcpu.close()
+
+    def run_until_event(self) -> Event:
+        """Run the guest and serve its exits until there is something to await or to report."""
+        vcpu = self._vcpu
+        assert vcpu is not None
+        # This loop is every exit's price: locals, one lock round per exit, each field of the frame read once.
+        run = vcpu.run
+        frame = vcpu.frame
+        parking = self.parking
+        lock = self._lock
+        bus_read = self._bus.read
+        bus_write = self._bus.write
+        handlers = self._handlers
+        exits_by_kind = self.counters.exits
+        irq = frame.irq
+        kind = _CANCELED  # nothing to serve yet
+        try:
+            with lock:
+                self._begin(vcpu)
+            while True:
+                with lock:
+                    if self._vtimer_masked:
+                        self._sync_vtimer(vcpu)
+                    if kind == _MMIO_WRITE:
+                        try:
+                            bus_write(frame.address, frame.size, frame.value)
+                            frame.finish = _ADVANCE
+                        except GuestFault:
+                            self._abort(vcpu)
+                    elif kind == _MMIO_READ:
+                        try:
+                            frame.result = bus_read(frame.address, frame.size)
+                            frame.finish = _RESULT
+                        except GuestFault:
+                            self._abort(vcpu)
+                    elif kind != _CANCELED:
+                        event = handlers[kind](self, vcpu)
+                        if event is not None:
+                            return event
+                    if parking.attention:
+                        return Event.STOP if parking.attention & STOP else Event.PAUSE
+                    if parking.irq != irq:
+                        frame.irq = irq = parking.irq
+                    parking.entered = True
+                kind = run()
+                parking.entered = False
+                exits_by_kind[kind] += 1
+        except AvmmError as error:
+            self._error = error
+            return Event.FAULT
+
+    def _begin(self, vcpu: Vcpu) -> None:
+        """After CPU_ON: the state a vCPU starts in (DEN 0022, 6.4.3)."""
+        start = self._psci.starting(self.index)
+        if start is None:
+            return
+        entry, context = start
+        vcpu.frame.finish = _NONE
+        vcpu.set_reg(Reg.PC, entry)
+        vcpu.set_reg(0, context)
+        vcpu.set_reg(Reg.CPSR, _PSTATE_AT_START)
+        vcpu.set_sysreg(sysregs.SCTLR_EL1, self._sctlr_at_reset)
+        vcpu.set_sysreg(sysregs.CNTV_CTL_EL0, 0)
+        if self._vtimer_masked:
+            self._lower_vtimer(vcpu)
+
+    def _sync_vtimer(self, vcpu: Vcpu) -> None:
+        """While masked: PPI 27 follows the timer's output, and the mask goes when the output is low.
+
+        Unmasking it while it is high would exit for ever; not unmasking it would lose the guest its tick.
+        """
+        if vcpu.frame.vtimer_ctl & 0b111 != _VTIMER_HIGH:
+            self._lower_vtimer(vcpu)
+        elif not self._vtimer_high:
+            self._vtimer_high = True
+            self._vtimer_line.set(True)
+
+    def _lower_vtimer(self, vcpu: Vcpu) -> None:
+        self._vtimer_masked = False
+        vcpu.frame.unmask_vtimer = 1
+        if self._vtimer_high:
+            self._vtimer_high = False
+            self._vtimer_line.set(False)
+
+    def _abort(self, vcpu: Vcpu) -> None:
+        """Nothing answers at the address: an external abort, as on a real bus."""
+        self.counters.aborts += 1
+        exits.inject_external_abort(vcpu)
+
+    def _undefined(self, vcpu: Vcpu) -> None:
+        self.counters.undefined += 1
+        exits.inject_undefined(vcpu)
+
+    def _idle(self, ctl: int, cval: int, until: int | None = None) -> Event | None:
+        """WFI, its instruction stepped over already: PARK, or None to run on. ``until``: WFIT's own deadline.
+
+        With the timer's mask ours, its output is high and PPI 27 with it: if that made no interrupt, the timer
+        will not make one later either.
+        """
+        deadline = None if self._vtimer_masked else self._clock.deadline(ctl, cval)
+        if until is not None:
+            limit = self._clock.when(until)
+            deadline = limit if deadline is None else min(deadline, limit)
+        return self._park(deadline)
+
+    def _park(self, deadline: int | None) -> Event | None:
+        counters = self.counters
+        if deadline is not None and (left := deadline - self._clock.now_ns()) < TRIP_NS:
+            if left <= 0:
+                counters.not_parked_expired += 1  # run on: the engine raises the timer from inside run()
+            else:
+                counters.not_parked_soon += 1
+            return None
+        if not self.parking.park(deadline):
+            counters.not_parked_pending += 1
+            return None
+        counters.parks += 1
+        return Event.PARK
+
+    # What each kind of exit does: called under the lock, returns an Event to leave with.
+
+    def _on_nothing(self, vcpu: Vcpu) -> Event | None:
+        return None
+
+    def _on_vtimer(self, vcpu: Vcpu) -> Event | None:
+        self._vtimer_masked = True
+        self._sync_vtimer(vcpu)
+        return None
+
+    def _on_sysreg_read(self, vcpu: Vcpu) -> Event | None:
+        frame = vcpu.frame
+        encoding = frame.address
+        value = self._irqchip.read_sysreg(self.index, encoding)
+        if value is None:
+            value = sysregs.read(encoding, self._clock)
+        if value is None:
+            self._undefined(vcpu)
+        else:
+            frame.result = value
+            frame.finish = _RESULT
+        return None
+
+    def _on_sysreg_write(self, vcpu: Vcpu) -> Event | None:
+        frame = vcpu.frame
+        encoding = frame.address
+        if self._irqchip.write_sysreg(self.index, encoding, frame.value) or sysregs.write(encoding):
+            frame.finish = _ADVANCE
+        else:
+            self._undefined(vcpu)
+        return None
+
+    def _on_hvc(self, vcpu: Vcpu) -> Event | None:
+        return self._smccc(vcpu, _NONE)
+
+    def _on_smc(self, vcpu: Vcpu) -> Event | None:
+        return self._smccc(vcpu, _ADVANCE)
+
+    def _smccc(self, vcpu: Vcpu, finish: int) -> Event | None:
+        frame = vcpu.frame
+        result = self._psci.call(self.index, frame.args)
+        frame.finish = finish
+        if result is Action.STANDBY:
+            vcpu.set_reg(0, SUCCESS)
+            return self._idle(vcpu.get_sysreg(sysregs.CNTV_CTL_EL0), vcpu.get_sysreg(sysregs.CNTV_CVAL_EL0))
+        if result is Action.OFF:
+            self.parking.turn_off()
+            return Event.OFF
+        if result is Action.POWER_OFF:
+            return Event.POWER_OFF
+        if result is Action.RESET:
+            return Event.RESET
+        vcpu.set_reg(0, result & _U64)
+        return None
+
+    def _on_wfi(self, vcpu: Vcpu) -> Event | None:
+        frame = vcpu.frame
+        frame.finish = _ADVANCE
+        timed = frame.syndrome & 0b11 == 0b10  # ISS.TI: WFIT
+        return self._idle(frame.vtimer_ctl, frame.vtimer_cval, frame.value if timed else None)
+
+    def _on_wfe(self, vcpu: Vcpu) -> Event | None:
+        vcpu.frame.finish = _ADVANCE
+        by_kind = self.counters.exits
+        others = sum(by_kind) - by_kind[_WFE]
+        if others != self._wfe_others:
+            self._wfe_others = others
+            self._wfe_run = 0
+        self._wfe_run += 1
+        return None if self._wfe_run < _WFE_PATIENCE else self._park(self._clock.now_ns() + _WFE_NAP_NS)
+
+    def _on_abort(self, vcpu: Vcpu) -> Event | None:
+        frame = vcpu.frame
+        syndrome = frame.syndrome
+        if exits.exception_class(syndrome) == exits.EC_DATA_ABORT and syndrome & exits.ISS_CM:
+            frame.finish = _ADVANCE  # cache maintenance of a device's address: nothing to do
+        else:
+            self._abort(vcpu)
+        return None
+
+    def _on_other(self, vcpu: Vcpu) -> Event | None:
+        frame = vcpu.frame
+        if exits.exception_class(frame.syndrome) in exits.UNDEFINED_CLASSES:
+            self._undefined(vcpu)
+            return None
+        self._error = GuestError(
+            f"vCPU {self.index}: exception with syndrome {frame.syndrome:#x} at pc {frame.pc:#x} has no handler"
+        )
+        return Event.FAULT
+
+    def _on_error(self, vcpu: Vcpu) -> Event | None:
+        code = vcpu.frame.value & 0xFFFF_FFFF
+        pc = vcpu.get_reg(Reg.PC)
+        self._error = EngineError(f"vCPU {self.index}: the engine failed with {code:#x} at pc {pc:#x}", code)
+        return Event.FAULT
+
+    _handlers: Final = (  # by ExitKind
+        _on_nothing,  # CANCELED
+        _on_vtimer,
+        _on_nothing,  # UNKNOWN
+        _on_nothing,  # MMIO_READ and MMIO_WRITE are served in line
+        _on_nothing,
+        _on_sysreg_read,
+        _on_sysreg_write,
+        _on_hvc,
+        _on_smc,
+        _on_wfi,
+        _on_wfe,
+        _on_abort,
+        _on_other,
+        _on_error,
+    )
+
+    def snapshot_counters(self) -> dict[str, int]:
+        """Counters by name: exits by kind, parks, why not parked, wakes by cause, injected exceptions."""
+        counters = self.counters
+        wakes = self.parking.wakes
+        return {
+            **{f"exit_{kind.name.lower()}": counters.exits[kind] for kind in ExitKind},
+            **{f"wake_{cause.name.lower()}": wakes[cause] for cause in Cause},
+            "parks": counters.parks,
+            "not_parked_expired": counters.not_parked_expired,
+            "not_parked_soon": counters.not_parked_soon,
+            "not_parked_pending": counters.not_parked_pending,
+            "aborts": counters.aborts,
+            "undefined": counters.undefined,
+        }
+
+    @property
+    def mode(self) -> Mode:
+        """What the vCPU is doing now."""
+        return self.parking.mode

@@ -1,0 +1,198 @@
+"""Parking: how a vCPU sleeps in WFI without spinning and without sleeping through anything.
+
+One :class:`Parking` per vCPU joins three parties. The *vCPU thread* decides to park, the *posters* (interrupt
+controller, PSCI, pause, stop; any thread) have something for the vCPU, and the *coroutine* on the event loop waits.
+
+::
+
+              park()                       wait()
+    RUNNING ─────────► PARKED ────────── a future ──► RUNNING      by an interrupt, the deadline, or stop
+       │                                                 ▲
+       └─ turn_off() ─► OFF ───────────── a future ──────┘         by PSCI CPU_ON, or stop
+
+What makes it safe: every transition and every post happens under the VM's one lock. The vCPU thread looks for pending
+work and publishes PARKED in one critical section; a poster changes its condition and looks at the mode in one critical
+section. So either the vCPU sees the condition, or the poster sees PARKED. The same holds on the way into the guest with
+``entered``, which tells a poster that only a kick can reach the vCPU. The coroutine may come late: a wake that finds no
+future changes the mode, and :meth:`Parking.wait` returns at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Final, Protocol
+
+
+class Mode(IntEnum):
+    """What a vCPU is doing."""
+
+    RUNNING = 0  # on its thread, or on the way there
+    PARKED = 1  # in WFI, its thread idle
+    OFF = 2  # PSCI CPU_OFF, or never turned on
+    STOPPED = 3  # for good
+
+
+class Cause(IntEnum):
+    """What ended a wait."""
+
+    TIMER = 0
+    IRQ = 1
+    POWER = 2
+    STOP = 3
+
+
+#: Bits of :attr:`Parking.attention`: reasons to come out of the guest, looked at before every entry.
+STOP: Final = 1
+PAUSE: Final = 2
+
+#: A wait shorter than this, in nanoseconds, is not worth a trip to the loop and back: that is two thread wakes, which
+#: take longer on every machine we know of (a fast desktop some 20 us each). The vCPU spins through the rest of its WFI.
+TRIP_NS: Final = 50_000
+
+
+class Timer(Protocol):
+    """A timer's handle."""
+
+    def cancel(self) -> None: ...
+
+
+class Timers(Protocol):
+    """Where deadlines are kept: :class:`avmm.clock.DeadlineTimers`, or a test's."""
+
+    def at(self, ns: int, callback: Callable[[], None]) -> Timer: ...
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+class Parking:
+    """Where one vCPU waits; its IRQ input (:class:`avmm.irq.IrqSink`) ends here.
+
+    ``lock`` is the VM's. ``kick`` makes the engine leave the guest; set it before the first entry. Made on the
+    thread of ``loop``, where :meth:`wait` runs.
+    """
+
+    __slots__ = (
+        "_future", "_loop", "_loop_thread", "_timers",
+        "attention", "deadline", "entered", "irq", "kick", "lock", "mode", "wakes",
+    )  # fmt: skip
+
+    def __init__(self, lock: threading.RLock, loop: asyncio.AbstractEventLoop, timers: Timers) -> None:
+        self.lock = lock
+        self.mode = Mode.OFF
+        self.irq = False  # the level of the IRQ input
+        self.attention = 0  # STOP, PAUSE
+        self.entered = False  # in the guest, or past the last look at irq and attention
+        self.deadline: int | None = None  # of the latest park: nanoseconds of the monotonic clock
+        self.kick: Callable[[], None] = lambda: None
+        self.wakes = [0] * len(Cause)
+        self._loop = loop
+        self._loop_thread = threading.get_ident()
+        self._timers = timers
+        self._future: asyncio.Future[None] | None = None
+
+    # The vCPU thread; the lock is held.
+
+    def park(self, deadline: int | None) -> bool:
+        """Publish that this vCPU sleeps until ``deadline``. False, and no sleep, when something is pending.
+
+        An interrupt counts whatever PSTATE.I says: WFI completes on it (Arm ARM D1.6.2), Linux idles that way.
+        """
+        if self.irq or self.attention:
+            return False
+        self.deadline = deadline
+        self.mode = Mode.PARKED
+        return True
+
+    def turn_off(self) -> None:
+        """CPU_OFF: only :meth:`power_on` or a stop ends this sleep."""
+        self.deadline = None
+        self.mode = Mode.OFF
+
+    # Posters: any thread.
+
+    def irq_changed(self, level: bool) -> None:
+        """The IRQ input is now ``level``. The caller holds the lock."""
+        self.irq = level
+        if level:
+            if self.mode is Mode.PARKED:
+                self._wake(Cause.IRQ)
+            elif self.entered:
+                self.kick()
+
+    def power_on(self) -> None:
+        """PSCI turned this vCPU on."""
+        with self.lock:
+            if self.mode is Mode.OFF:
+                self._wake(Cause.POWER)
+
+    def request(self, attention: int) -> None:
+        """Call the vCPU out of the guest. A pause lets it sleep: it does not run then; a stop wakes it."""
+        with self.lock:
+            self.attention |= attention
+            if self.entered:
+                self.kick()
+            elif attention & STOP and self.mode in (Mode.PARKED, Mode.OFF):
+                self._wake(Cause.STOP)
+
+    def withdraw(self, attention: int) -> None:
+        """Take a request back."""
+        with self.lock:
+            self.attention &= ~attention
+
+    def rekick(self) -> None:
+        """Kick again a vCPU that was called out: an engine may lose a kick that comes just before it enters."""
+        with self.lock:
+            if self.entered:
+                self.kick()
+
+    def stopped(self) -> None:
+        """The vCPU is about to be destroyed: nothing wakes or kicks it any more."""
+        with self.lock:
+            self.mode = Mode.STOPPED
+            self.entered = False
+
+    def _wake(self, cause: Cause) -> None:
+        self.mode = Mode.RUNNING
+        self.wakes[cause] += 1
+        future, self._future = self._future, None
+        if future is None:
+            return  # the coroutine is still on its way to wait(), which will look at the mode
+        if threading.get_ident() == self._loop_thread:
+            _resolve(future)
+        else:
+            self._loop.call_soon_threadsafe(_resolve, future)
+
+    # The coroutine, on the loop.
+
+    async def wait(self) -> None:
+        """Sleep while PARKED or OFF. Returns at once when a wake, or a stop, came first."""
+        with self.lock:
+            future = self.begin_wait()
+        if future is None:
+            return
+        timer = None if self.deadline is None else self._timers.at(self.deadline, self.expire)
+        try:
+            await future
+        finally:
+            if timer is not None:
+                timer.cancel()
+            self._future = None
+
+    def begin_wait(self) -> asyncio.Future[None] | None:
+        """The future that the next wake resolves; None when there is nothing to wait for. The lock is held."""
+        if self.mode in (Mode.PARKED, Mode.OFF) and not self.attention & STOP:
+            self._future = self._loop.create_future()
+            return self._future
+        return None
+
+    def expire(self) -> None:
+        """The deadline of this park has come."""
+        with self.lock:
+            if self.mode is Mode.PARKED:
+                self._wake(Cause.TIMER)
