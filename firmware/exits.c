@@ -1,7 +1,7 @@
 // What a served exit costs: MMIO reads and writes, PSCI calls, GIC system registers, beside an empty loop.
 //
-// Argument: n, exits of each kind (20000). Prints for each kind, in CNTVCT ticks: the total of n, and the median and the
-// least of the chunks of `chunk` exits; cntfrq turns them into seconds.
+// Argument: n, exits of each kind (20000). Prints for each kind, in CNTVCT ticks: the total of n, and the median and
+// the least of the chunks of `chunk` exits; cntfrq turns them into seconds.
 #include "guest.h"
 
 #define CHUNKS 100

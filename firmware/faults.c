@@ -1,5 +1,6 @@
 // Exceptions: every stage 1 fault by load, store and fetch at EL1 and EL0, and the instructions that trap.
-// Vector, ESR_EL1, FAR_EL1, ELR_EL1 and SPSR_EL1 are compared with what the architecture says (Arm ARM D1.3, D8.13, D17.2.37).
+// Vector, ESR_EL1, FAR_EL1, ELR_EL1 and SPSR_EL1 are compared with what the architecture says (Arm ARM D1.3, D8.13,
+// D17.2.37).
 //
 // TTBR0 keeps the runtime's identity map; the pages under test hang under TTBR1, with a granule of their own.
 #include "guest.h"
@@ -120,7 +121,8 @@ static void expect_at(const char *name, u64 pc, u64 spsr, u64 x0, u64 esr, u64 f
         return;
     }
     check(name, false);
-    print("# vector %u want %u, esr %x want %x, far %x want %x\n", trap->vector, vector, trap->esr, esr, trap->far, far);
+    print("# vector %u want %u, esr %x want %x\n", trap->vector, vector, trap->esr, esr);
+    print("# far %x want %x\n", trap->far, far);
     print("# elr %x want %x, spsr %x want %x\n", trap->elr, elr, trap->spsr, spsr);
 }
 
@@ -170,7 +172,8 @@ static void make_tables(void)
     level3[TOO_FAR] = BEYOND | PAGE_ATTRIBUTES | EL0_ACCESS;
     level3[KERNEL_CODE] = LABEL(snippets) | PAGE_ATTRIBUTES | READ_ONLY | UXN;
     level3[RESERVED] = (page | PAGE_ATTRIBUTES | EL0_ACCESS) & ~2UL; // type 0b01 is reserved at level 3 (D8.3)
-    level3[ALIASED] = LABEL(snippets) | PAGE_ATTRIBUTES | EL0_ACCESS;  // writable at EL0: never executable at EL1 (D8.4.1)
+    // Writable at EL0 is never executable at EL1 (D8.4.1).
+    level3[ALIASED] = LABEL(snippets) | PAGE_ATTRIBUTES | EL0_ACCESS; 
     level3[DEVICE] = (page | PAGE_ATTRIBUTES | EL0_ACCESS | PXN | UXN) & ~NORMAL;
     level2[0] = (u64)level3 | VALID_TABLE;
     level2[2] = (0x40000000 | AF | SH_INNER | NORMAL | EL0_ACCESS | PXN | UXN | 1) & ~AF;
@@ -356,8 +359,10 @@ static void traps_to_el1(void)
     expect("daifset_el0", USER_AT(daifset), EL0T, 0, EC(EC_SYSREG) | system_register_iss(0, 3, 4, 2, 6, 31, 0), 0);
     expect("daif_el0", USER_AT(daif), EL0T, 0, EC(EC_SYSREG) | system_register_iss(3, 3, 4, 2, 1, 7, 1), 0);
     expect("dc_zva_el0", USER_AT(zero), EL0T, VA(USER_RW), EC(EC_SYSREG) | system_register_iss(1, 3, 7, 4, 1, 0, 0), 0);
-    expect("ic_ivau_el0", USER_AT(ic_ivau), EL0T, VA(USER_RW), EC(EC_SYSREG) | system_register_iss(1, 3, 7, 5, 1, 0, 0), 0);
-    expect("dc_civac_el0", USER_AT(dc_civac), EL0T, VA(USER_RW), EC(EC_SYSREG) | system_register_iss(1, 3, 7, 14, 1, 0, 0), 0);
+    expect("ic_ivau_el0", USER_AT(ic_ivau), EL0T, VA(USER_RW),
+           EC(EC_SYSREG) | system_register_iss(1, 3, 7, 5, 1, 0, 0), 0);
+    expect("dc_civac_el0", USER_AT(dc_civac), EL0T, VA(USER_RW),
+           EC(EC_SYSREG) | system_register_iss(1, 3, 7, 14, 1, 0, 0), 0);
     write_sysreg(cntkctl_el1, 0);
     isb();
     expect("cntvct_el0", USER_AT(cntvct), EL0T, 0, EC(EC_SYSREG) | system_register_iss(3, 3, 14, 0, 2, 7, 1), 0);
@@ -474,7 +479,8 @@ static void wide_granule(const char *name, u64 tg1, u64 shift)
     check_equal("granule_load", load64(base + 2 * size + size - 8), 0x600dda7a600dda7a ^ shift);
     check_equal("granule_block", load64(base + 3 * block + ((u64)data & (block - 1)) + size - 8),
                 (0x40000000 & (block - 1)) == 0 && ((u64)data - 0x40000000) < block ? 0x600dda7a600dda7a ^ shift : 0);
-    expect("granule_translation_l3", CODE_AT(load), EL1H, base + size, EC(EC_DATA + SAME_EL) | TRANSLATION(3), base + size);
+    expect("granule_translation_l3", CODE_AT(load), EL1H, base + size,
+           EC(EC_DATA + SAME_EL) | TRANSLATION(3), base + size);
     expect("granule_across", CODE_AT(load), EL1H, base + size - 4, EC(EC_DATA + SAME_EL) | TRANSLATION(3), base + size);
     expect("granule_translation_l2", CODE_AT(load), EL1H, base + block + 8, EC(EC_DATA + SAME_EL) | TRANSLATION(2),
            base + block + 8);

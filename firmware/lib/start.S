@@ -80,7 +80,7 @@ setup_el1:
         isb
         ret
 
-// void attempt(u64 pc, u64 spsr, u64 x0, u64 x1, u64 sp_el0): runs code until it traps; the trap is in this_cpu()->trap.
+// void attempt(u64 pc, u64 spsr, u64 x0, u64 x1, u64 sp_el0): runs code until it traps; this_cpu()->trap says how.
         .globl  attempt
 attempt:
         stp     x29, x30, [sp, #-96]!
