@@ -104,7 +104,7 @@ def modinfo(image: bytes) -> dict[str, list[str]]:
         for name, _type, _flags, _address, offset, size in sections:
             if image.startswith(b".modinfo\0", names + name):
                 return _pairs(image[offset : offset + size])
-    except (struct.error, ValueError, IndexError):
+    except (struct.error, ValueError, IndexError, OverflowError):
         raise ImageError("a kernel module is not a 64-bit ELF file") from None
     return {}
 

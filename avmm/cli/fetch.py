@@ -230,10 +230,10 @@ class Apt:
         """See Source."""
         if not self._index:
             names = ", ".join(sorted(name for name in self._codenames if "-" not in name)) or "no release"
-            last = next((line for line in reversed(self._trouble.splitlines()) if line.startswith(("E:", "W:"))), "")
+            trouble = next((line for line in self._trouble.splitlines() if line.startswith(("E:", "W:"))), "")
             raise FetchError(
                 f"this host's apt offers {names} for arm64, not {self._release}: choose with --release, "
-                f"or name a Debian mirror with --mirror URL{f' ({last})' if last else ''}"
+                f"or name a Debian mirror with --mirror URL{f' ({trouble})' if trouble else ''}"
             )
         return self._index.find(package)
 
@@ -337,9 +337,10 @@ class Mirror:
     def _get(self, path: str, limit: int, digest: str | None = None) -> bytes:
         """The bytes at ``path`` below the mirror: no more than ``limit``, and with that SHA-256 if one is given."""
         import urllib.error
+        import urllib.parse
         import urllib.request  # here, because every command imports this module, and this one takes long
 
-        url = f"{self._url}/{path}"
+        url = f"{self._url}/{urllib.parse.quote(path)}"
         try:
             with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
                 data: bytes = answer.read(limit + 1)
