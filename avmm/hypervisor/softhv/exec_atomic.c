@@ -132,8 +132,8 @@ OP(ldxp32) {
         return false;
     uint64_t v = __atomic_load_n(p, __ATOMIC_SEQ_CST);
     monitor_set(c, pa, 8, v, 0);
-    c->x[u->ra] = v >> 32;
     c->x[u->rd] = (uint32_t)v;
+    c->x[u->ra] = v >> 32;
     return true;
 }
 OP(stxp32) {
@@ -152,8 +152,8 @@ OP(ldxp64) {
         return false;
     uint64_t low = __atomic_load_n(&p[0], __ATOMIC_SEQ_CST), high = __atomic_load_n(&p[1], __ATOMIC_SEQ_CST);
     monitor_set(c, pa, 16, low, high);
-    c->x[u->ra] = high;
     c->x[u->rd] = low;
+    c->x[u->ra] = high;
     return true;
 }
 OP(stxp64) {
