@@ -12,8 +12,6 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from avmm.errors import ImageError
-
 _MAGIC = 0xD00DFEED
 _HEADER = struct.Struct(">10I")
 _CELL = struct.Struct(">I")
@@ -140,11 +138,11 @@ def encode(root: Node, boot_cpu: int = 0) -> bytes:
 
 
 def decode(blob: bytes) -> Node:
-    """The tree in a blob. Raises ImageError when it is not one, or a damaged one."""
+    """The tree in a blob. Raises ValueError when it is not one, or a damaged one."""
     try:
         return _decode(blob)
     except (struct.error, ValueError, IndexError) as error:
-        raise ImageError(f"not a device tree, or a damaged one: {error}") from error
+        raise ValueError(f"not a device tree, or a damaged one: {error}") from error
 
 
 def _decode(blob: bytes) -> Node:

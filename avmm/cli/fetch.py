@@ -26,7 +26,7 @@ from functools import cmp_to_key
 from pathlib import Path
 from typing import Any, Protocol
 
-from avmm.boot import compress, deb, initrd
+from avmm.bootloader import compress, deb, initrd
 from avmm.errors import FetchError, ImageError
 
 #: The meta package that depends on the newest kernel of each flavour.
@@ -94,7 +94,7 @@ def cache_directory() -> Path:
 
 def _recipe() -> str:
     """Changes when this version of avmm would build another initrd from the same packages."""
-    boot = Path(__file__).parent.parent / "boot"
+    boot = Path(__file__).parent.parent / "bootloader"
     made_of = b"".join((boot / name).read_bytes() for name in ("initrd.py", "modules.py", "cpio.py"))
     return hashlib.sha256(made_of).hexdigest()
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from avmm.boot import cpio
+from avmm.bootloader import cpio
 from avmm.errors import ImageError
 
 ENTRIES = [

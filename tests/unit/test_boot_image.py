@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avmm.boot import compress, loader, machine
-from avmm.boot.image import Kernel, load_kernel, parse_kernel
+from avmm.bootloader import compress, loader, machine
+from avmm.bootloader.image import Kernel, load_kernel, parse_kernel
 from avmm.errors import ImageError
 from avmm.fdt import decode
 from avmm.memory import GuestMemory, Region

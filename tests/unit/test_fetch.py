@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from avmm.boot import cpio, deb, modules
+from avmm.bootloader import cpio, deb, modules
 from avmm.cli import fetch
 from avmm.cli.fetch import fetch_debian
 from avmm.errors import FetchError, ImageError
@@ -205,7 +205,7 @@ def test_a_damaged_index_is_made_anew(archive: Path, tmp_path: Path, index: str)
 def test_another_recipe_makes_another_initrd(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = fetch_debian(mirror=archive.as_uri(), cache=tmp_path / "cache")
     monkeypatch.setattr(fetch, "_recipe", lambda: "another")
-    monkeypatch.setattr("avmm.boot.initrd.INIT", "changed")
+    monkeypatch.setattr("avmm.bootloader.initrd.INIT", "changed")
     again = fetch_debian(mirror=archive.as_uri(), cache=tmp_path / "cache")
     assert again == first
     assert entries(again.initrd)["init"].data == b"changed"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-from avmm.boot import compress
+from avmm.bootloader import compress
 from avmm.errors import ImageError
 
 _MODULE_LIMIT = 64 << 20

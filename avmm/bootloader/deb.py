@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from avmm.boot import compress
+from avmm.bootloader import compress
 from avmm.errors import ImageError
 
 _LIMIT = 4 << 30  # what a package may unpack to

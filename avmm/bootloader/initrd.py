@@ -2,15 +2,15 @@
 
 ``/init`` mounts the usual file systems, loads what ``/etc/modules`` names and then the drivers of the virtio devices
 that are there, and gives a shell on the console. ``avmm.init=/path`` on the kernel's command line names another
-program to run instead of the shell: append a second archive that holds it (:func:`avmm.boot.cpio.append`).
+program to run instead of the shell: append a second archive that holds it (:func:`avmm.bootloader.cpio.append`).
 """
 
 from __future__ import annotations
 
 import re
 
-from avmm.boot import cpio, modules
-from avmm.boot.deb import Package
+from avmm.bootloader import cpio, modules
+from avmm.bootloader.deb import Package
 from avmm.errors import ImageError
 
 #: Modules that go in where the kernel has them as modules; what they depend on follows.

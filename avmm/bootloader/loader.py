@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from avmm.boot.image import Kernel
-from avmm.boot.machine import KASLR_SEED_SIZE, RAM_BASE, RNG_SEED_SIZE, build_fdt
+from avmm.bootloader.image import Kernel
+from avmm.bootloader.machine import KASLR_SEED_SIZE, RAM_BASE, RNG_SEED_SIZE, build_fdt
 from avmm.errors import ImageError
 from avmm.fdt import Node
 from avmm.memory import GuestMemory

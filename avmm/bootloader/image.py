@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from avmm.boot import compress
+from avmm.bootloader import compress
 from avmm.errors import ImageError
 
 _HEADER_SIZE = 64
