@@ -1,4 +1,4 @@
-// An undefined instruction at EL1 whose exception vector is itself an undefined instruction: an exception at every step.
+// An undefined instruction at EL1 whose vector is itself an undefined instruction: an exception at every step, for ever.
 // Interrupts are masked and nothing is printed after "loop": it ends only by a timeout or a stop, and must not hang
 // its host.
 
