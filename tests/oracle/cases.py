@@ -190,6 +190,7 @@ class Case:
     before: Registers
     memory: bool
     vectors: bool
+    straight: bool = True  # runs every word; else it runs up to its end, with branches in it
 
 
 def is_memory(word: int) -> bool:

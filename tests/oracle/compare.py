@@ -219,7 +219,11 @@ class Comparison:
     def compare(self, case: Case, address: int, report: Report) -> Mismatch | None:
         """Run one program that is in place already."""
         before: Registers = case.before
-        theirs = self.reference.run(address, len(case.words), before, case.vectors)
+        length = len(case.words)
+        if case.straight:
+            theirs = self.reference.run(address, before, case.vectors, count=length)
+        else:
+            theirs = self.reference.run(address, before, case.vectors, until=address + 4 * length)
         ours = self.subject.run(address, before, case.vectors)
         report.outcomes[theirs.outcome] += 1
         differences = []

@@ -4,9 +4,9 @@ Guest memory, identity mapped, normal write-back::
 
     CODE      4 MiB   filled with HVC #0, so that a branch to anywhere in it ends the program; programs in the middle
       VECTORS         the first 2 KiB: HVC #1
-    DATA      2 MiB   accessible from EL0 too (LDTR and friends), not executable; the page tables in its middle
-      SCRATCH         the first 128 KiB: what memory instructions use and what is compared
-    nothing mapped anywhere else
+    DATA      2 MiB   accessible from EL0 too (LDTR and friends), not executable; the page tables at its start
+      SCRATCH         the last 128 KiB: what memory instructions use and what is compared
+    END               nothing is mapped from here on, nor anywhere else
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ CODE, CODE_SIZE = BASE, 4 * MIB
 VECTORS, VECTORS_SIZE = CODE, 0x800
 PROGRAMS, PROGRAMS_SIZE = CODE + 2 * MIB - 0x1_0000, 0x2_0000
 DATA, DATA_SIZE = CODE + CODE_SIZE, 2 * MIB
-SCRATCH, SCRATCH_SIZE = DATA, 0x2_0000
-TABLES = DATA + MIB
+TABLES = DATA
 END = DATA + DATA_SIZE
+SCRATCH, SCRATCH_SIZE = END - 0x2_0000, 0x2_0000
 SIZE = END - BASE
 
 HVC = 0xD400_0002
@@ -59,7 +59,7 @@ class Registers:
 
 @dataclass
 class Result:
-    """The state a program leaves. ``detail`` says what the engine itself knew of an exception."""
+    """The state a program leaves; of an exception softhv's syndrome and fault address, Unicorn's own numbers."""
 
     outcome: Outcome
     pc: int
@@ -69,6 +69,8 @@ class Result:
     fpcr: int = 0
     fpsr: int = 0
     v: bytes = b""
+    esr: int = 0
+    far: int = 0
     detail: str = ""
 
 

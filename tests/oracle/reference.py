@@ -69,8 +69,8 @@ class Reference:
         """Programs were written: forget translations of what was there."""
         self._uc.ctl_remove_cache(CODE, CODE + CODE_SIZE)
 
-    def run(self, start: int, count: int, before: Registers, vectors: bool) -> Result:
-        """Run ``count`` instructions from ``start``. Without ``vectors``, V0..V31 stay as they were."""
+    def run(self, start: int, before: Registers, vectors: bool, *, count: int = 0, until: int = 0) -> Result:
+        """Run ``count`` instructions from ``start``, or up to ``until``. V0..V31 are left alone without ``vectors``."""
         core, lib, handle = self._core, self._lib, self._handle
         core[0:31] = before.x
         core[SP], core[NZCV], core[FPCR], core[FPSR] = before.sp, before.nzcv, before.fpcr, before.fpsr
@@ -79,7 +79,7 @@ class Reference:
             ffi.buffer(self._vector)[:] = before.v
             lib.uc_reg_write_batch(handle, self._vector_ids, self._vector_at, 32)
         self._interrupted = None
-        error = lib.uc_emu_start(handle, start, 0, 0, count)
+        error = lib.uc_emu_start(handle, start, until, 0, count)
         lib.uc_reg_read_batch(handle, self._core_ids, self._core_at, PC + 1)
         if vectors:
             lib.uc_reg_read_batch(handle, self._vector_ids, self._vector_at, 32)
@@ -93,7 +93,7 @@ class Reference:
             values[FPCR] & 0xFFFF_FFFF,
             values[FPSR] & 0xFFFF_FFFF,
             bytes(ffi.buffer(self._vector)) if vectors else b"",
-            f"error {error} interrupt {self._interrupted}",
+            detail=f"error {error} interrupt {self._interrupted}",
         )
 
     def _outcome(self, error: int) -> Outcome:

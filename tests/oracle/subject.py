@@ -120,7 +120,7 @@ class Subject:
         if vectors:
             for index, at in self._vector_at:
                 lib.avmm_get_simd_fp_reg(handle, index, at)
-        outcome, pc, pstate, detail = self._outcome(code)
+        outcome, pc, pstate, esr, far = self._outcome(code)
         return Result(
             outcome,
             pc,
@@ -130,28 +130,27 @@ class Subject:
             self._reg(Reg.FPCR),
             self._reg(Reg.FPSR),
             bytes(ffi.buffer(self._vector)) if vectors else b"",
-            detail,
+            esr,
+            far,
+            f"syndrome {esr:#x} address {far:#x}" if esr else "",
         )
 
-    def _outcome(self, code: int) -> tuple[Outcome, int, int, str]:
-        """How it ended, the PC, PSTATE then, and what the syndrome says."""
+    def _outcome(self, code: int) -> tuple[Outcome, int, int, int, int]:
+        """How it ended; PC, PSTATE, syndrome and fault address then."""
         pc, pstate = self._reg(Reg.PC), self._reg(Reg.CPSR)
         if code:
-            return Outcome.FAILED, pc, pstate, f"hv_vcpu_run: {code & 0xFFFF_FFFF:#x}"
-        syndrome = self._exit.exception.syndrome
-        kind = syndrome >> 26
+            return Outcome.FAILED, pc, pstate, code & 0xFFFF_FFFF, 0
+        exit = self._exit.exception
+        kind = exit.syndrome >> 26
         if kind != 0x16:
-            detail = f"ESR_EL2 {syndrome:#x} IPA {self._exit.exception.physical_address:#x}"
-            return TO_EL2.get(kind, Outcome.TRAP), pc, pstate, detail
+            return TO_EL2.get(kind, Outcome.TRAP), pc, pstate, exit.syndrome, exit.virtual_address
         pc -= 4
         if not VECTORS <= pc < VECTORS + VECTORS_SIZE:
-            return Outcome.DONE, pc, pstate, ""
-        esr, elr, spsr = self._sysreg(ESR), self._sysreg(ELR), self._sysreg(SPSR)
+            return Outcome.DONE, pc, pstate, 0, 0
+        esr, elr, spsr, far = (self._sysreg(register) for register in (ESR, ELR, SPSR, FAR))
         kind = esr >> 26 & 0x3F
-        detail = f"vector {pc - VECTORS:#x} ESR_EL1 {esr:#x} FAR_EL1 {self._sysreg(FAR):#x}"
-        if kind in FETCH:
-            return Outcome.DONE, elr, spsr, detail
-        return TO_EL1.get(kind, Outcome.TRAP), elr, spsr, detail
+        outcome = Outcome.DONE if kind in FETCH else TO_EL1.get(kind, Outcome.TRAP)
+        return outcome, elr, spsr, esr, far
 
     def close(self) -> None:
         """Destroy the vCPU and the VM."""

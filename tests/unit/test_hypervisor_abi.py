@@ -76,14 +76,14 @@ def test_return_code(name: str, value: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "names",
+    ("prefix", "names"),
     [
-        ["HV_EXIT_REASON_CANCELED", "HV_EXIT_REASON_EXCEPTION", "HV_EXIT_REASON_VTIMER_ACTIVATED", "HV_EXIT_REASON_UNKNOWN"],
-        ["HV_INTERRUPT_TYPE_IRQ", "HV_INTERRUPT_TYPE_FIQ"],
+        ("HV_EXIT_REASON_", ["CANCELED", "EXCEPTION", "VTIMER_ACTIVATED", "UNKNOWN"]),
+        ("HV_INTERRUPT_TYPE_", ["IRQ", "FIQ"]),
     ],
-)  # fmt: skip
-def test_enumeration_counts_from_zero(names: list[str]) -> None:
-    assert f"enum {{ {', '.join(names)} }};" in ENGINE
+)
+def test_enumeration_counts_from_zero(prefix: str, names: list[str]) -> None:
+    assert f"enum {{ {', '.join(prefix + name for name in names)} }};" in ENGINE
 
 
 def test_memory_flags() -> None:
