@@ -69,9 +69,14 @@ def run_on_qemu(name: str, cpu: str, cpus: int) -> list[str]:
     if QEMU is None:
         pytest.skip("qemu-system-aarch64 is not installed")
     command = [QEMU, "-M", "virt,gic-version=3", "-cpu", cpu, "-smp", str(cpus), "-m", "128", "-nic", "none"]
-    command += ["-nographic", "-no-reboot", "-kernel", str(IMAGES / f"{name}.bin"), "-append", "n=1000 hz=500"]
-    if name == "timer_wfi":
-        command[-1] = "n=20 hz=500"
+    command += [
+        "-nographic",
+        "-no-reboot",
+        "-kernel",
+        str(IMAGES / f"{name}.bin"),
+        "-append",
+        "n=20" if name == "timer_wfi" else "n=1000",
+    ]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=120, check=True)
     return done.stdout.decode("ascii").splitlines()
 
