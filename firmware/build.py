@@ -14,15 +14,32 @@ IMAGES = HERE / "images"
 CROSS = "aarch64-linux-gnu-"
 RUNTIME = ("lib/start.S", "lib/runtime.c", "lib/gic.c")
 STANDALONE = frozenset({"hello", "jump_nowhere", "exception_loop"})  # these bring their own _start
-FLAGS = (
-    "-std=gnu11 -Os -Wall -Wextra -Werror -ffreestanding -nostdlib -fPIE -fno-ident -ffunction-sections "
-    "-fdata-sections -fno-stack-protector -fno-asynchronous-unwind-tables -march=armv8-a -mgeneral-regs-only "
-    "-mstrict-align -mno-outline-atomics -fno-tree-loop-distribute-patterns -Ilib"
-).split()
-LINK = (
-    "-pie -Wl,--no-dynamic-linker,--gc-sections,--build-id=none,--no-warn-rwx-segments "
-    "-Wl,-z,norelro,-z,max-page-size=4096,-T,lib/guest.ld"
-).split()
+FLAGS = [
+    "-std=gnu11",
+    "-Os",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-ffreestanding",
+    "-nostdlib",
+    "-fPIE",
+    "-fno-ident",
+    "-ffunction-sections",
+    "-fdata-sections",
+    "-fno-stack-protector",
+    "-fno-asynchronous-unwind-tables",
+    "-march=armv8-a",
+    "-mgeneral-regs-only",
+    "-mstrict-align",
+    "-mno-outline-atomics",
+    "-fno-tree-loop-distribute-patterns",
+    "-Ilib",
+]
+LINK = [
+    "-pie",
+    "-Wl,--no-dynamic-linker,--gc-sections,--build-id=none,--no-warn-rwx-segments",
+    "-Wl,-z,norelro,-z,max-page-size=4096,-T,lib/guest.ld",
+]
 
 
 def guests() -> dict[str, Path]:

@@ -55,7 +55,8 @@ RUNS = [
 def builder() -> ModuleType:
     """firmware/build.py as a module; the folder is no package."""
     spec = importlib.util.spec_from_file_location("firmware_build", FIRMWARE / "build.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
