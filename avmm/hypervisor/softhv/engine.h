@@ -83,9 +83,18 @@ struct uop {
 /*
  * An op body returns true to fall through to the next instruction, false to leave the block: then pc is set (a
  * branch, an exception, an exit to the host). OP(name) defines two callables from the one body: t_name, threaded
- * (ends by jumping to the next uop: a sibling call, its depth bounded by the block), and p_name, plain, for
+ * (ends by jumping to the next uop, or to the next block's first: sibling calls), and p_name, plain, for
  * generated code to call.
+ *
+ * Sanitizers and -O0 make no sibling calls: there a block returns to the dispatcher, which bounds the depth.
  */
+#if defined(__OPTIMIZE__) && !defined(__SANITIZE_ADDRESS__)
+#define LEAVE_BLOCK(c) next_block(c)
+#else
+#define LEAVE_BLOCK(c) NULL
+#endif
+const struct uop *next_block(struct vcpu *c); /* run.c: enters the block at c->pc, or returns NULL to the dispatcher */
+
 #define OP(name)                                                                                                  \
     static inline bool body_##name(struct vcpu *c, const struct uop *u);                                          \
     const struct uop *t_##name(struct vcpu *c, const struct uop *u);                                              \
@@ -93,7 +102,7 @@ struct uop {
     const struct uop *t_##name(struct vcpu *c, const struct uop *u) {                                             \
         if (likely(body_##name(c, u)))                                                                            \
             return u[1].fn(c, u + 1);                                                                             \
-        return NULL;                                                                                              \
+        return LEAVE_BLOCK(c);                                                                                    \
     }                                                                                                             \
     bool p_##name(struct vcpu *c, const struct uop *u) { return body_##name(c, u); }                              \
     static inline bool body_##name(struct vcpu *c, const struct uop *u)
@@ -139,17 +148,21 @@ static inline uint8_t reg_zr(uint32_t insn, unsigned low) { uint8_t r = bits(ins
 static inline uint8_t reg_dst(uint32_t insn, unsigned low) { uint8_t r = bits(insn, low, 5); return r == 31 ? R_SINK : r; }
 static inline uint8_t reg_sp(uint32_t insn, unsigned low) { return bits(insn, low, 5); }
 
+/* exec_int.c: the values of NZCV for which a condition holds, a bit for each; testing one is a shift by NZCV. */
+extern const uint16_t condition_sets[16];
+
 /* ---- Blocks ------------------------------------------------------------------------------------------------- */
 
 enum { PAGE_BITS = 12, PAGE_SIZE = 1 << PAGE_BITS, BLOCK_MAX = 64 /* instructions; a block stays in its 4 KiB page */ };
 
-/* Immutable once published, but for the link. Keyed by physical address: the same block serves every mapping. */
+/* Immutable once published. Keyed by physical address: the same block serves every mapping. */
 struct block {
     uint64_t pa;
-    uint32_t count; /* instructions, for counters and virtual time */
-    uint32_t size;  /* bytes of guest code */
-    struct block *next; /* in the code page's list */
-    struct uop uops[];  /* count, then the end-of-block uop */
+    uint32_t count;       /* instructions */
+    uint32_t unused;
+    struct block *bucket; /* next in the hash bucket */
+    struct block *page;   /* next in the code page's list */
+    struct uop uops[];    /* count, then the end-of-block uop */
 };
 
 /* ---- The TLB ------------------------------------------------------------------------------------------------ */
@@ -159,13 +172,21 @@ enum { MMU_EL0, MMU_EL1, MMU_EL1_PAN, MMU_COUNT }; /* whose permissions: the ind
 #define TLB_NONE UINT64_C(0xfff) /* matches no page address */
 
 /*
- * One 4 KiB page of RAM. `read` and `write` hold the page's VA when such accesses may go straight to
- * host memory at va + addend; TLB_NONE when not (no permission, not dirty, a device, not mapped, needs alignment checks).
+ * One 4 KiB page of RAM. `read` and `write` hold the page's VA, tag and all, when such accesses may go straight to
+ * host memory at va + addend; TLB_NONE when not (no permission, a device, not mapped, needs alignment checks).
  */
 struct tlb_entry {
     uint64_t read, write;
     uintptr_t addend;
+    uint64_t pa; /* of the page; below it, in bits 5:0, log2 of the size of the mapping it is a piece of */
+};
+
+/* One 4 KiB page that may be executed. */
+enum { FETCH_BITS = 8, FETCH_SIZE = 1 << FETCH_BITS };
+struct fetch_entry {
+    uint64_t va; /* TLB_NONE when empty */
     uint64_t pa;
+    const uint8_t *host;
 };
 
 /* Blocks by virtual address, to leave the fast path of branches in one compare. */
@@ -174,6 +195,9 @@ struct jump_entry {
     uint64_t pc;       /* ~0 when empty */
     struct block *block;
 };
+/* The blocks of one page lie in one aligned row of JUMP_ROW entries: what TLBI by VA clears. */
+enum { JUMP_ROW = 1 << (PAGE_BITS - 2) };
+static inline unsigned jump_index(uint64_t pc) { return ((pc >> 2) ^ (pc >> 13)) & (JUMP_SIZE - 1); }
 
 /* ---- System registers that hold plain state (the rest is computed in sysreg.c) ------------------------------- */
 
@@ -183,8 +207,10 @@ struct sysregs {
     uint64_t sp_el0, sp_el1; /* the one in use lives in x[R_SP] */
     uint64_t tpidr_el0, tpidrro_el0, tpidr_el1;
     uint64_t cntkctl, cntv_ctl, cntv_cval, cntp_ctl, cntp_cval;
-    uint64_t mpidr, midr, csselr, mdscr;
+    uint64_t mpidr, midr, csselr, scxtnum_el0, scxtnum_el1;
+    uint64_t mdscr, mdccint, osdlr, oslock, dbgprcr, dbgclaim, osdtrrx, osdtrtx, oseccr;
     uint64_t dbgbvr[16], dbgbcr[16], dbgwvr[16], dbgwcr[16];
+    uint64_t id[64]; /* op0=3 op1=0 CRn=0: by CRm * 8 + op2 */
 };
 
 /* ---- The vCPU ------------------------------------------------------------------------------------------------ */
@@ -192,9 +218,11 @@ struct sysregs {
 /* Reasons to look up from guest code; bits of vcpu.poll, set by any thread. */
 enum {
     POLL_EXIT = 1,       /* hv_vcpus_exit */
-    POLL_TURN = 2,       /* another vCPU waits for its turn */
-    POLL_INVALIDATE = 4, /* host writes to code are queued in the VM */
+    POLL_TURN = 2,       /* another vCPU waits for its turn; looked at when the budget is used up */
+    POLL_INVALIDATE = 4, /* host writes to code are queued in the VM, or its memory map is about to change */
+    POLL_NOW = POLL_EXIT | POLL_INVALIDATE, /* looked at before every block */
 };
+enum { SHOOTDOWN_MAX = 16 };
 
 struct vcpu {
     uint64_t x[R_COUNT];
@@ -202,6 +230,7 @@ struct vcpu {
     uint64_t block_pc;  /* VA of the running block's first instruction */
     uint32_t nzcv;      /* PSTATE.NZCV in bits 31:28, the rest zero */
     int32_t budget;     /* instructions until run.c looks at time and turns; 0 or less: at the next block */
+    int32_t slice;      /* what budget started from: slice - budget have run */
     _Atomic uint32_t poll;
     uint32_t daif;      /* PSTATE.DAIF in bits 9:6 */
     uint8_t el, spsel, pan, uao, dit, ssbs, il, ss;
@@ -223,21 +252,39 @@ struct vcpu {
     struct sysregs sys;
     uint64_t vtimer_offset;
     struct tlb_entry tlb[MMU_COUNT][TLB_SIZE];
+    struct fetch_entry fetch[2][FETCH_SIZE]; /* by EL */
     struct jump_entry jump[2][JUMP_SIZE]; /* by EL */
+    /* What the caches above hold, by half of the address space (VA bit 55), so that flushes can be narrow. */
+    bool cached[2];       /* anything */
+    bool nonglobal[2];    /* pages of the current ASID only */
+    bool large[2];        /* data pages of mappings larger than 4 KiB: TLBI by VA must look at all entries */
+    uint8_t exec_bits[2]; /* log2 of the largest executable mapping */
+    /* TLBI ... IS of other vCPUs, carried out when this one's turn comes; written by whose turn it is. */
+    struct {
+        uint32_t count; /* more than SHOOTDOWN_MAX: drop all */
+        uint64_t va[SHOOTDOWN_MAX];
+    } shootdown;
+    uint64_t code_gen, map_gen; /* of the VM, when the caches above were last brought up to date */
+    bool event;       /* the event register of WFE */
+    bool in_turn;     /* vm->turn is this one */
     uint64_t icount;  /* instructions retired */
     struct vm *vm;
     hv_vcpu_t handle;
-    pthread_t thread; /* the owner */
+    /* Turns, under vm->lock. */
+    pthread_cond_t my_turn;
+    struct vcpu *next_waiter;
+    bool waiting;
+    uint64_t turn_start; /* nanoseconds */
     hv_vcpu_exit_t exit;
     softhv_counters_t counters;
-    uint64_t exec_ns; /* host time spent in hv_vcpu_run */
-    bool large_mappings; /* the TLB holds pieces of mappings larger than the granule: TLBI by VA drops all */
-    uint8_t tlb_shift; /* log2 of the granule TLBI VA works on */
+    uint64_t exec_ns; /* host time its turns took */
 };
 
 static inline uint64_t pc_of(const struct vcpu *c, const struct uop *u) { return c->block_pc + u->off; }
 /* Leave the block for `target`. */
 static inline bool branch_to(struct vcpu *c, uint64_t target) { c->pc = target; return false; }
+/* Look at interrupts, time and requests before the next block. */
+static inline void force_poll(struct vcpu *c) { c->slice -= c->budget; c->budget = 0; }
 
 /* ---- Memory accesses of guest instructions ------------------------------------------------------------------- */
 
@@ -255,6 +302,7 @@ bool mem_write_slow(struct vcpu *c, const struct uop *u, uint64_t va, unsigned s
  */
 void *mem_ptr(struct vcpu *c, const struct uop *u, uint64_t va, unsigned size, unsigned idx, bool write, uint64_t *pa);
 
+enum { ZVA_SIZE = 64 }; /* bytes that DC ZVA clears */
 /* TBI: bits 63:56 of data addresses are ignored when TCR_EL1.TBI0/1 says so; both ends of the fast path see the stripped VA. */
 uint64_t untag(const struct vcpu *c, uint64_t va);
 
@@ -280,9 +328,10 @@ static inline bool mem_write(struct vcpu *c, const struct uop *u, uint64_t va, u
 /* ---- mmu.c ----------------------------------------------------------------------------------------------------- */
 
 enum access { ACCESS_READ, ACCESS_WRITE, ACCESS_EXEC };
+enum { NO_FAULT = 0x3f }; /* not a fault status code of the EL1&0 regime */
 struct translation {
     uint64_t pa;
-    uint32_t fault; /* DFSC/IFSC, 0 = none */
+    uint32_t fault; /* DFSC/IFSC, or NO_FAULT */
     bool device;    /* Device memory: unaligned accesses fault */
     bool read, write, exec; /* what bank idx may do */
     uint8_t attr;   /* MAIR byte, for AT/PAR_EL1 */
@@ -290,13 +339,18 @@ struct translation {
     uint8_t page_bits; /* log2 of the mapping's size */
     bool global;
 };
-/* Walk the tables for `va` as bank `idx`; no side effect but the counters. */
+/* Walk the tables for `va` as bank `idx`; no side effect. */
 struct translation mmu_translate(struct vcpu *c, uint64_t va, enum access access, unsigned idx);
-/* VA -> host pointer to the instruction at pc and its PA; false: prefetch abort taken or exit prepared. */
-bool mmu_fetch(struct vcpu *c, uint64_t pc, uint64_t *pa, const uint8_t **host);
+/* May `va` be touched by a cache maintenance instruction? Its PA; false: data abort taken (D7.5.8). */
+bool mmu_cache_op(struct vcpu *c, const struct uop *u, uint64_t va, bool write, uint64_t *pa);
+/* Host pointer to the instruction at c->pc (its tag removed) and its PA; false: exception taken or exit prepared. */
+bool mmu_fetch(struct vcpu *c, uint64_t *pa, const uint8_t **host);
 void tlb_flush_all(struct vcpu *c);
 void tlb_flush_va(struct vcpu *c, uint64_t va); /* `va`: any address in the page */
-void mmu_update(struct vcpu *c); /* mmu_idx, tlb_shift ... after EL, PAN, SCTLR, TCR, TTBR changed */
+void tlb_flush_half(struct vcpu *c, unsigned half); /* of the address space, by VA bit 55 */
+void tlb_flush_asid(struct vcpu *c);            /* what belongs to the current address space */
+void tlb_drop_code(struct vcpu *c);             /* pointers to blocks */
+uint64_t mmu_asid(const struct vcpu *c);
 
 /* ---- exception.c: all return false, so that an op can `return exc_...` ------------------------------------------ */
 
@@ -310,12 +364,24 @@ bool exc_sp_alignment(struct vcpu *c, const struct uop *u);      /* EC 0x26 */
 bool exc_data_abort(struct vcpu *c, const struct uop *u, uint64_t va, uint32_t dfsc, bool write, bool cm);
 bool exc_prefetch_abort(struct vcpu *c, uint64_t va, uint32_t ifsc);
 void exc_interrupt(struct vcpu *c, bool fiq);                    /* at c->pc */
-bool exc_eret(struct vcpu *c);                                   /* return from EL1; forces a poll */
+bool exc_wfx(struct vcpu *c, const struct uop *u, bool wfe);      /* EC 0x01 */
+bool exc_illegal_state(struct vcpu *c);                          /* EC 0x0e at c->pc */
+bool exc_eret(struct vcpu *c);                                   /* return from EL1 */
 uint64_t pstate_get(const struct vcpu *c);                       /* SPSR form */
-void pstate_set(struct vcpu *c, uint64_t spsr);                  /* and switch SP, mmu_idx, fp_trap; forces a poll */
+bool pstate_legal(uint64_t spsr);                                /* EL0t, EL1t, EL1h of AArch64 */
+void pstate_set(struct vcpu *c, uint64_t spsr);                  /* a legal one; also SP, mmu_idx, fp_trap */
+void pstate_changed(struct vcpu *c);                             /* after el, pan, daif were written one by one */
+void pstate_select_sp(struct vcpu *c, unsigned spsel);           /* at the current EL */
 void update_fp_trap(struct vcpu *c);
 /* Exits to the host ("EL2"): fill exit, set exiting, force a poll; pc = the instruction unless HVC (after it). */
 bool exit_exception(struct vcpu *c, uint64_t pc, uint64_t syndrome, uint64_t va, uint64_t ipa);
+enum {
+    EC_UNKNOWN = 0x00, EC_WFX = 0x01, EC_FP = 0x07, EC_ILLEGAL = 0x0e, EC_SVC = 0x15, EC_HVC = 0x16, EC_SMC = 0x17,
+    EC_SYSREG = 0x18, EC_IABT_LOWER = 0x20, EC_IABT = 0x21, EC_PC = 0x22, EC_DABT_LOWER = 0x24, EC_DABT = 0x25,
+    EC_SP = 0x26, EC_BRK = 0x3c
+};
+#define ESR_IL (UINT64_C(1) << 25)
+static inline uint64_t syndrome(unsigned ec, uint32_t iss) { return (uint64_t)ec << 26 | ESR_IL | iss; }
 
 /* ---- sysreg.c ------------------------------------------------------------------------------------------------------ */
 
@@ -328,24 +394,37 @@ void sysreg_reset(struct vcpu *c);
 hv_return_t sysreg_host_get(struct vcpu *c, hv_sys_reg_t reg, uint64_t *value);
 hv_return_t sysreg_host_set(struct vcpu *c, hv_sys_reg_t reg, uint64_t value);
 bool sysreg_feature(hv_feature_reg_t reg, uint64_t *value);
+uint32_t sysreg_iss(uint32_t insn); /* of EC 0x18, for MSR, MRS and SYS alike */
+enum { /* SCTLR_EL1 */
+    SCTLR_M = 1 << 0, SCTLR_A = 1 << 1, SCTLR_SA = 1 << 3, SCTLR_SA0 = 1 << 4, SCTLR_UMA = 1 << 9, SCTLR_DZE = 1 << 14,
+    SCTLR_UCT = 1 << 15, SCTLR_NTWI = 1 << 16, SCTLR_NTWE = 1 << 18, SCTLR_WXN = 1 << 19, SCTLR_TSCXT = 1 << 20,
+    SCTLR_SPAN = 1 << 23, SCTLR_E0E = 1 << 24, SCTLR_EE = 1 << 25, SCTLR_UCI = 1 << 26
+};
+enum { DAIF_D = 1 << 9, DAIF_A = 1 << 8, DAIF_I = 1 << 7, DAIF_F = 1 << 6, DAIF_ALL = 0x3c0 };
 
 /* ---- time, run.c ------------------------------------------------------------------------------------------------------ */
 
 static inline uint64_t guest_counter(const struct vcpu *c) { return softhv_absolute_time() - c->vtimer_offset; }
+uint64_t host_ns(void); /* CLOCK_MONOTONIC */
 bool vtimer_due(const struct vcpu *c); /* ENABLE, !IMASK and CVAL reached */
+void vcpu_run(struct vcpu *c);         /* hv_vcpu_run on the owning thread */
+bool turn_yield(struct vcpu *c);       /* let the other vCPUs run; false: asked to exit meanwhile */
 
 /* ---- decode.c, code.c ---------------------------------------------------------------------------------------------------- */
 
 void decode_init(void); /* idempotent, thread-safe */
-/* Decode from `host` (guest code at `pa`) up to the end of its page or of the block. NULL when memory is short. */
-struct block *decode_block(uint64_t pa, const uint8_t *host);
+/* Decode from `host` (guest code at `pa`) up to the end of its page or of the block. */
+void decode_block(struct block *block, uint64_t pa, const uint8_t *host);
 extern struct row a64_rows[];
 extern const uint32_t a64_row_count;
 
-struct block *code_find(struct vm *vm, uint64_t pa);      /* NULL when not translated */
-void code_insert(struct vm *vm, struct block *block);
-void code_invalidate(struct vm *vm, uint64_t pa, uint64_t size); /* by a vCPU whose turn it is: at once */
+/* By the vCPU whose turn it is, between blocks, or for code_invalidate() as the last thing of one. */
+struct block *code_block(struct vcpu *c, uint64_t pa, const uint8_t *host); /* found or decoded */
+void code_invalidate(struct vm *vm, uint64_t pa, uint64_t size);
 void code_flush(struct vm *vm);
+bool code_maybe(struct vm *vm, uint64_t pa); /* false: no block was ever decoded in this page. Any thread. */
+bool code_create(struct vm *vm);
+void code_destroy(struct vm *vm);
 
 /* ---- the VM -------------------------------------------------------------------------------------------------------------- */
 
@@ -357,20 +436,30 @@ struct ram {
 };
 struct code; /* code.c's */
 
+enum { INVALIDATE_MAX = 32 };
+
 struct vm {
     pthread_mutex_t lock; /* vCPU list, RAM map, turns, queued invalidations */
-    pthread_cond_t turn_free;
     struct vcpu *turn;    /* whose turn it is; NULL: nobody's */
-    uint32_t turn_waiters;
+    struct vcpu *first_waiter, *last_waiter;
+    pthread_cond_t turn_free; /* for those who change the memory map */
+    uint32_t stoppers;        /* as many of them wait */
     struct ram ram[RAM_MAX];
     uint32_t ram_count;
     struct vcpu *vcpus[VCPU_MAX];
     uint32_t vcpu_count;
     struct code *code;
+    uint64_t code_gen, map_gen; /* count what makes vCPUs drop cached pointers to blocks, to RAM */
+    struct {
+        uint32_t count; /* more than INVALIDATE_MAX: flush all */
+        struct { uint64_t pa, size; } range[INVALIDATE_MAX];
+    } invalid;
     uint32_t ipa_bits;
     bool created;
 };
 /* The RAM region that holds ipa, or NULL. Only by the vCPU whose turn it is, or under the lock. */
 struct ram *vm_ram(struct vm *vm, uint64_t ipa);
+/* The VM the calling thread is bound to, created or not; NULL when there is none. */
+struct vm *vm_current(void);
 
 #endif

@@ -12,6 +12,9 @@ softhv_vm_t *softhv_vm_new(void);            /* NULL when memory is short */
 void softhv_vm_bind(softhv_vm_t *vm);        /* NULL: back to the default VM */
 hv_return_t softhv_vm_free(softhv_vm_t *vm); /* HV_BUSY while it has vCPUs */
 
+/* What os_release() is on macOS: gives back an hv_vm_config_t or hv_vcpu_config_t. */
+void softhv_release(void *config);
+
 /* The host wrote [ipa, ipa + size): translations of code in there are dropped before any vCPU runs on. Any thread. */
 void softhv_invalidate(softhv_vm_t *vm, hv_ipa_t ipa, uint64_t size);
 

@@ -1,0 +1,158 @@
+/* The cache of decoded blocks, by guest physical address. */
+#define _GNU_SOURCE
+#include "engine.h"
+
+#include <stdlib.h>
+#include <sys/mman.h>
+
+enum {
+    ARENA_SIZE = 64 << 20,
+    BLOCK_BYTES = sizeof(struct block) + (BLOCK_MAX + 1) * sizeof(struct uop),
+    BUCKETS = 1 << 15,
+    PAGE_BUCKETS = 1 << 12,
+    MARKS = 1 << 20 /* pages, so 4 GiB before two share a mark */
+};
+
+/* A page of guest code, in the arena. It outlives its blocks, until the next flush. */
+struct code_page {
+    uint64_t pa;
+    struct code_page *next;
+    struct block *blocks;
+};
+
+/*
+ * Blocks are taken from the arena one after the other and are not freed singly: what invalidation drops stays there
+ * unreachable until the arena is full and everything is flushed.
+ */
+struct code {
+    uint8_t *arena;
+    size_t used;
+    struct block *bucket[BUCKETS];
+    struct code_page *page[PAGE_BUCKETS];
+    _Atomic uint64_t marked[MARKS / 64]; /* pages that may have blocks */
+};
+
+static unsigned bucket_of(uint64_t pa) { return ((pa >> 2) ^ (pa >> 17)) & (BUCKETS - 1); }
+static struct code_page **page_bucket(struct code *code, uint64_t pa) {
+    return &code->page[((pa >> PAGE_BITS) ^ (pa >> (PAGE_BITS + 12))) & (PAGE_BUCKETS - 1)];
+}
+
+bool code_create(struct vm *vm) {
+    struct code *code = calloc(1, sizeof *code);
+    if (!code)
+        return false;
+    code->arena = mmap(NULL, ARENA_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (code->arena == MAP_FAILED) {
+        free(code);
+        return false;
+    }
+    vm->code = code;
+    return true;
+}
+
+void code_destroy(struct vm *vm) {
+    munmap(vm->code->arena, ARENA_SIZE);
+    free(vm->code);
+    vm->code = NULL;
+}
+
+bool code_maybe(struct vm *vm, uint64_t pa) {
+    uint64_t index = (pa >> PAGE_BITS) & (MARKS - 1);
+    return atomic_load_explicit(&vm->code->marked[index / 64], memory_order_relaxed) >> (index % 64) & 1;
+}
+
+static void mark(struct code *code, uint64_t pa) {
+    uint64_t index = (pa >> PAGE_BITS) & (MARKS - 1);
+    atomic_fetch_or(&code->marked[index / 64], UINT64_C(1) << (index % 64));
+}
+
+static struct code_page *find_page(struct code *code, uint64_t pa) {
+    struct code_page *page = *page_bucket(code, pa);
+    while (page && page->pa != pa)
+        page = page->next;
+    return page;
+}
+
+/* Arena allocations keep 64-byte alignment, for the blocks' sake. */
+static void *take(struct code *code, size_t size) {
+    void *start = code->arena + code->used;
+    code->used += (size + 63) & ~(size_t)63;
+    return start;
+}
+
+void code_flush(struct vm *vm) {
+    struct code *code = vm->code;
+    memset(code->bucket, 0, sizeof code->bucket);
+    memset(code->page, 0, sizeof code->page);
+    for (size_t i = 0; i < MARKS / 64; i++)
+        atomic_store_explicit(&code->marked[i], 0, memory_order_relaxed);
+    madvise(code->arena, code->used, MADV_DONTNEED);
+    code->used = 0;
+    vm->code_gen++;
+    if (vm->turn)
+        vm->turn->counters.flushes++;
+}
+
+struct block *code_block(struct vcpu *c, uint64_t pa, const uint8_t *host) {
+    struct vm *vm = c->vm;
+    struct code *code = vm->code;
+    struct block *block = code->bucket[bucket_of(pa)];
+    while (block && block->pa != pa)
+        block = block->bucket;
+    if (block)
+        return block;
+    if (code->used > ARENA_SIZE - BLOCK_BYTES - 2 * 64) {
+        code_flush(vm);
+        tlb_drop_code(c);
+        c->code_gen = vm->code_gen;
+    }
+    uint64_t page_pa = pa & ~(uint64_t)(PAGE_SIZE - 1);
+    mark(code, page_pa); /* before the guest's bytes are read: see softhv_invalidate() */
+    struct code_page *page = find_page(code, page_pa);
+    if (!page) {
+        struct code_page **head = page_bucket(code, page_pa);
+        page = take(code, sizeof *page);
+        *page = (struct code_page){.pa = page_pa, .next = *head};
+        *head = page;
+    }
+    block = (struct block *)(code->arena + code->used);
+    decode_block(block, pa, host);
+    take(code, sizeof *block + (block->count + 1) * sizeof(struct uop));
+    block->page = page->blocks;
+    page->blocks = block;
+    struct block **bucket = &code->bucket[bucket_of(pa)];
+    block->bucket = *bucket;
+    *bucket = block;
+    c->counters.blocks++;
+    return block;
+}
+
+static void drop_page(struct vm *vm, struct code_page *page) {
+    for (struct block *block = page->blocks; block; block = block->page) {
+        struct block **link = &vm->code->bucket[bucket_of(block->pa)];
+        while (*link != block)
+            link = &(*link)->bucket;
+        *link = block->bucket;
+    }
+    page->blocks = NULL;
+    vm->code_gen++;
+    if (vm->turn)
+        vm->turn->counters.invalidations++;
+}
+
+void code_invalidate(struct vm *vm, uint64_t pa, uint64_t size) {
+    uint64_t end = size > UINT64_MAX - pa ? UINT64_MAX : pa + size;
+    uint64_t first = pa & ~(uint64_t)(PAGE_SIZE - 1);
+    if ((end - first) >> PAGE_BITS >= PAGE_BUCKETS) { /* fewer pages are known than asked for */
+        for (size_t i = 0; i < PAGE_BUCKETS; i++)
+            for (struct code_page *page = vm->code->page[i]; page; page = page->next)
+                if (page->blocks && page->pa >= first && page->pa < end)
+                    drop_page(vm, page);
+        return;
+    }
+    for (uint64_t at = first; at < end; at += PAGE_SIZE) {
+        struct code_page *page = code_maybe(vm, at) ? find_page(vm->code, at) : NULL;
+        if (page && page->blocks)
+            drop_page(vm, page);
+    }
+}

@@ -1,0 +1,280 @@
+/* System instructions: exceptions, hints, barriers, MSR and MRS, caches, TLBs, address translation. */
+#include "engine.h"
+
+static uint32_t encoding(uint32_t insn) { /* op0 is 2 or 3 for MSR and MRS, 1 for SYS */
+    return SYSREG(bits(insn, 19, 2), bits(insn, 16, 3), bits(insn, 12, 4), bits(insn, 8, 4), bits(insn, 5, 3));
+}
+
+/* ---- Forms ------------------------------------------------------------------------------------------------------ */
+
+bool form_imm16(struct uop *u, uint32_t insn) {
+    u->imm = bits(insn, 5, 16);
+    return true;
+}
+
+bool form_mrs(struct uop *u, uint32_t insn) {
+    u->rd = reg_dst(insn, 0);
+    u->aux = encoding(insn);
+    return true;
+}
+
+bool form_msr(struct uop *u, uint32_t insn) {
+    u->rn = reg_zr(insn, 0);
+    u->aux = encoding(insn);
+    return true;
+}
+
+bool form_msr_imm(struct uop *u, uint32_t insn) {
+    u->imm = bits(insn, 8, 4);
+    return true;
+}
+
+bool form_daif_imm(struct uop *u, uint32_t insn) {
+    u->imm = (uint64_t)bits(insn, 8, 4) << 6;
+    return true;
+}
+
+/* ---- Exception generating ------------------------------------------------------------------------------------------ */
+
+OP(svc) { return exc_svc(c, u, (uint16_t)u->imm); }
+OP(brk) { return exc_brk(c, u, (uint16_t)u->imm); }
+OP(udf) { return exc_undef(c, u); } /* also HLT and DCPS, which need a debugger, and what needs EL2 or EL3 */
+
+OP(hvc) {
+    if (c->el == 0)
+        return exc_undef(c, u);
+    return exit_exception(c, pc_of(c, u) + 4, syndrome(EC_HVC, (uint32_t)u->imm), 0, 0);
+}
+
+OP(smc) {
+    if (c->el == 0)
+        return exc_undef(c, u);
+    return exit_exception(c, pc_of(c, u), syndrome(EC_SMC, (uint32_t)u->imm), 0, 0);
+}
+
+OP(eret) { return c->el ? exc_eret(c) : exc_undef(c, u); }
+
+/* ---- Hints and barriers -------------------------------------------------------------------------------------------- */
+
+/*
+ * Other vCPUs of the VM run when this one's turn is over, and turns are handed on under a lock: no barrier has
+ * anything left to order but the compiler, which an indirect call stops already.
+ */
+OP(nop) {
+    return true;
+}
+
+OP(yield) {
+    if (atomic_load_explicit(&c->poll, memory_order_relaxed) & POLL_TURN) {
+        c->turn_start = 0; /* a spinning loop: whoever waits for a turn may be what it waits for */
+        force_poll(c);
+    }
+    return true;
+}
+
+enum { TI_WFI = 0, TI_WFE = 1 };
+
+static bool wait_for(struct vcpu *c, const struct uop *u, uint32_t ti, uint64_t el0_allowed) {
+    if (c->el == 0 && !(c->sys.sctlr & el0_allowed))
+        return exc_wfx(c, u, ti == TI_WFE);
+    return exit_exception(c, pc_of(c, u), syndrome(EC_WFX, 1u << 24 | 0xe << 20 | ti), 0, 0);
+}
+
+OP(wfi) { return wait_for(c, u, TI_WFI, SCTLR_NTWI); }
+
+OP(wfe) {
+    if (c->event) {
+        c->event = false;
+        return true;
+    }
+    return wait_for(c, u, TI_WFE, SCTLR_NTWE);
+}
+
+OP(sevl) {
+    c->event = true;
+    return true;
+}
+
+OP(sev) {
+    pthread_mutex_lock(&c->vm->lock);
+    for (uint32_t i = 0; i < c->vm->vcpu_count; i++)
+        c->vm->vcpus[i]->event = true;
+    pthread_mutex_unlock(&c->vm->lock);
+    return true;
+}
+
+/* ---- MRS, MSR -------------------------------------------------------------------------------------------------------- */
+
+OP(mrs) {
+    uint64_t value;
+    if (!sysreg_mrs(c, u, u->aux, &value))
+        return false;
+    c->x[u->rd] = value;
+    return true;
+}
+
+OP(msr) { return sysreg_msr(c, u, u->aux, c->x[u->rn]); }
+
+OP(mrs_nzcv) {
+    c->x[u->rd] = c->nzcv;
+    return true;
+}
+
+OP(msr_nzcv) {
+    c->nzcv = (uint32_t)c->x[u->rn] & 0xf0000000;
+    return true;
+}
+
+OP(mrs_tpidr_el0) {
+    c->x[u->rd] = c->sys.tpidr_el0;
+    return true;
+}
+
+OP(mrs_sp_el0) { /* Linux's `current` */
+    if (unlikely(!c->spsel))
+        return exc_undef(c, u);
+    c->x[u->rd] = c->sys.sp_el0;
+    return true;
+}
+
+OP(mrs_tpidr_el1) {
+    if (unlikely(c->el == 0))
+        return exc_undef(c, u);
+    c->x[u->rd] = c->sys.tpidr_el1;
+    return true;
+}
+
+OP(mrs_daif) {
+    if (unlikely(c->el == 0 && !(c->sys.sctlr & SCTLR_UMA)))
+        return exc_sysreg_trap(c, u, sysreg_iss(u->insn));
+    c->x[u->rd] = c->daif;
+    return true;
+}
+
+static bool write_daif(struct vcpu *c, const struct uop *u, uint32_t daif) {
+    if (unlikely(c->el == 0 && !(c->sys.sctlr & SCTLR_UMA)))
+        return exc_sysreg_trap(c, u, sysreg_iss(u->insn));
+    c->daif = daif;
+    pstate_changed(c);
+    return true;
+}
+
+OP(msr_daif) { return write_daif(c, u, (uint32_t)c->x[u->rn] & DAIF_ALL); }
+OP(msr_daifset) { return write_daif(c, u, c->daif | (uint32_t)u->imm); }
+OP(msr_daifclr) { return write_daif(c, u, c->daif & ~(uint32_t)u->imm); }
+
+OP(msr_spsel) {
+    if (c->el == 0)
+        return exc_undef(c, u);
+    pstate_select_sp(c, u->imm & 1);
+    return true;
+}
+
+OP(msr_pan) {
+    if (c->el == 0)
+        return exc_undef(c, u);
+    c->pan = u->imm & 1;
+    pstate_changed(c);
+    return true;
+}
+
+/* ---- Caches (C5.3, D7.5.8) ---------------------------------------------------------------------------------------------- */
+
+/* EL0 may only when SCTLR_EL1 says so. */
+static bool el0_denied(struct vcpu *c, const struct uop *u, uint64_t allowed) {
+    if (likely(c->el || c->sys.sctlr & allowed))
+        return false;
+    exc_sysreg_trap(c, u, sysreg_iss(u->insn));
+    return true;
+}
+
+OP(dc_zva) {
+    if (el0_denied(c, u, SCTLR_DZE))
+        return false;
+    void *line = mem_ptr(c, u, c->x[u->rn] & ~(uint64_t)(ZVA_SIZE - 1), ZVA_SIZE, c->mmu_idx, true, NULL);
+    if (!line)
+        return false;
+    memset(line, 0, ZVA_SIZE);
+    return true;
+}
+
+/* Clean, or clean and invalidate, by address: memory is coherent, only faults are left to do. */
+OP(dc_va) {
+    uint64_t pa;
+    return !el0_denied(c, u, SCTLR_UCI) && mmu_cache_op(c, u, c->x[u->rn], false, &pa);
+}
+
+OP(dc_ivac) {
+    uint64_t pa;
+    return c->el ? mmu_cache_op(c, u, c->x[u->rn], true, &pa) : exc_undef(c, u);
+}
+
+OP(dc_sw) { return c->el || exc_undef(c, u); } /* by set and way */
+
+OP(ic_all) {
+    if (c->el == 0)
+        return exc_undef(c, u);
+    code_invalidate(c->vm, 0, UINT64_MAX);
+    if (c->code_gen != c->vm->code_gen)
+        tlb_drop_code(c);
+    c->code_gen = c->vm->code_gen;
+    return true;
+}
+
+OP(ic_ivau) {
+    uint64_t pa;
+    if (el0_denied(c, u, SCTLR_UCI) || !mmu_cache_op(c, u, c->x[u->rn], false, &pa))
+        return false;
+    code_invalidate(c->vm, pa, 1);
+    if (c->code_gen != c->vm->code_gen)
+        tlb_drop_code(c);
+    c->code_gen = c->vm->code_gen;
+    return true;
+}
+
+/* ---- TLBs (D8.13) --------------------------------------------------------------------------------------------------------- */
+
+/*
+ * The other vCPUs of the VM are between turns: they drop what the broadcast names before they run on, which is
+ * before anyone can tell. The local forms are few and treated alike.
+ */
+OP(tlbi) {
+    enum { VMALLE1 = 0, VAE1 = 1, ASIDE1 = 2, VAAE1 = 3, VALE1 = 5, VAALE1 = 7 };
+    if (c->el == 0)
+        return exc_undef(c, u);
+    unsigned op = u->aux & 7;
+    bool broadcast = (u->aux >> 3 & 15) == 3; /* CRm: Inner Shareable */
+    uint64_t argument = c->x[u->rn], va = (uint64_t)((int64_t)(argument << 20) >> 8);
+    for (uint32_t i = 0; i < c->vm->vcpu_count && broadcast; i++) {
+        struct vcpu *other = c->vm->vcpus[i];
+        if (other == c || other->shootdown.count > SHOOTDOWN_MAX)
+            continue;
+        if (op == VMALLE1 || op == ASIDE1 || other->shootdown.count == SHOOTDOWN_MAX)
+            other->shootdown.count = SHOOTDOWN_MAX + 1;
+        else
+            other->shootdown.va[other->shootdown.count++] = va;
+    }
+    if (op == VMALLE1)
+        tlb_flush_all(c);
+    else if (op != ASIDE1)
+        tlb_flush_va(c, va);
+    else if (argument >> 48 == mmu_asid(c))
+        tlb_flush_asid(c);
+    return true;
+}
+
+/* ---- Address translation (D8.2.11): the answer goes into PAR_EL1 ------------------------------------------------------------ */
+
+OP(at_s1) {
+    if (c->el == 0)
+        return exc_undef(c, u);
+    unsigned op = u->aux & 7; /* 0: E1R, 1: E1W, 2: E0R, 3: E0W */
+    bool with_pan = (u->aux >> 3 & 15) == 9 && c->pan;
+    enum access access = op & 1 ? ACCESS_WRITE : ACCESS_READ;
+    struct translation t = mmu_translate(c, c->x[u->rn], access, op & 2 ? MMU_EL0 : with_pan ? MMU_EL1_PAN : MMU_EL1);
+    if (t.fault != NO_FAULT)
+        c->sys.par = 1 << 11 | t.fault << 1 | 1;
+    else
+        c->sys.par = (uint64_t)t.attr << 56 | (t.pa & UINT64_C(0xfffffffff000)) | 1 << 11 | (uint64_t)t.sh << 7;
+    return true;
+}

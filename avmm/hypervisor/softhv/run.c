@@ -1,0 +1,232 @@
+/* hv_vcpu_run: turns, polling, the virtual timer, and the way from block to block. */
+#define _GNU_SOURCE
+#include "engine.h"
+
+#include <time.h>
+
+enum {
+    BUDGET = 20000,      /* instructions between looks at the clock: some 60 us */
+    BUDGET_MIN = 200,
+    INSN_NS = 3,         /* a fast instruction's time, to be early rather than late at a timer's deadline */
+    TURN_NS = 1000 * 1000
+};
+
+/* ---- Time ------------------------------------------------------------------------------------------------------ */
+
+uint64_t host_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
+/* 24 MHz, as on Apple silicon: one tick is 125/3 ns. */
+uint64_t softhv_absolute_time(void) { return host_ns() * 3 / 125; }
+
+void softhv_timebase(uint32_t *numer, uint32_t *denom) {
+    *numer = 125;
+    *denom = 3;
+}
+
+bool vtimer_due(const struct vcpu *c) { /* ENABLE and not IMASK (D17.11.20), CVAL reached */
+    return (c->sys.cntv_ctl & 3) == 1 && guest_counter(c) >= c->sys.cntv_cval;
+}
+
+static int32_t next_budget(const struct vcpu *c) {
+    if ((c->sys.cntv_ctl & 3) != 1 || c->vtimer_masked)
+        return BUDGET;
+    uint64_t left = c->sys.cntv_cval - guest_counter(c); /* not due: vtimer_due() was looked at before */
+    if (left >= BUDGET) /* a tick is many instructions long */
+        return BUDGET;
+    int32_t insns = (int32_t)(left * 125 / (3 * INSN_NS));
+    return insns < BUDGET_MIN ? BUDGET_MIN : insns > BUDGET ? BUDGET : insns;
+}
+
+/* ---- Turns: one vCPU of a VM runs at a time ---------------------------------------------------------------------- */
+
+static void unlink_waiter(struct vm *vm, struct vcpu *c) {
+    struct vcpu *before = NULL;
+    for (struct vcpu *w = vm->first_waiter; w != c; w = w->next_waiter)
+        before = w;
+    if (before)
+        before->next_waiter = c->next_waiter;
+    else
+        vm->first_waiter = c->next_waiter;
+    if (vm->last_waiter == c)
+        vm->last_waiter = before;
+    c->next_waiter = NULL;
+    c->waiting = false;
+}
+
+static void pass_turn(struct vm *vm) {
+    vm->turn = NULL;
+    if (vm->stoppers)
+        pthread_cond_signal(&vm->turn_free);
+    else if (vm->first_waiter)
+        pthread_cond_signal(&vm->first_waiter->my_turn);
+}
+
+/* vm->lock held. False: asked to exit before the turn came. */
+static bool await_turn(struct vcpu *c) {
+    struct vm *vm = c->vm;
+    if (vm->turn || vm->first_waiter || vm->stoppers) {
+        c->waiting = true;
+        if (vm->last_waiter)
+            vm->last_waiter->next_waiter = c;
+        else
+            vm->first_waiter = c;
+        vm->last_waiter = c;
+        while ((vm->turn || vm->first_waiter != c || vm->stoppers) &&
+               !(atomic_load(&c->poll) & POLL_EXIT)) {
+            if (vm->turn)
+                atomic_fetch_or(&vm->turn->poll, POLL_TURN);
+            pthread_cond_wait(&c->my_turn, &vm->lock);
+        }
+        unlink_waiter(vm, c);
+        if (atomic_load(&c->poll) & POLL_EXIT) {
+            if (!vm->turn)
+                pass_turn(vm); /* it may have been passed to us */
+            return false;
+        }
+    }
+    vm->turn = c;
+    if (vm->first_waiter)
+        atomic_fetch_or(&c->poll, POLL_TURN);
+    return true;
+}
+
+/* What happened to the VM while others had their turns. vm->lock held. */
+static void catch_up(struct vcpu *c) {
+    struct vm *vm = c->vm;
+    atomic_fetch_and(&c->poll, ~(uint32_t)POLL_INVALIDATE);
+    if (vm->invalid.count > INVALIDATE_MAX)
+        code_flush(vm);
+    else
+        for (uint32_t i = 0; i < vm->invalid.count; i++)
+            code_invalidate(vm, vm->invalid.range[i].pa, vm->invalid.range[i].size);
+    vm->invalid.count = 0;
+    if (c->map_gen != vm->map_gen || c->shootdown.count > SHOOTDOWN_MAX)
+        tlb_flush_all(c);
+    else
+        for (uint32_t i = 0; i < c->shootdown.count; i++)
+            tlb_flush_va(c, c->shootdown.va[i]);
+    c->shootdown.count = 0;
+    c->map_gen = vm->map_gen;
+    if (c->code_gen != vm->code_gen)
+        tlb_drop_code(c);
+    c->code_gen = vm->code_gen;
+}
+
+static bool turn_take(struct vcpu *c) {
+    pthread_mutex_lock(&c->vm->lock);
+    bool taken = await_turn(c);
+    if (taken)
+        catch_up(c);
+    pthread_mutex_unlock(&c->vm->lock);
+    c->in_turn = taken;
+    c->turn_start = host_ns();
+    return taken;
+}
+
+static void turn_release(struct vcpu *c) {
+    c->exec_ns += host_ns() - c->turn_start;
+    pthread_mutex_lock(&c->vm->lock);
+    atomic_fetch_and(&c->poll, ~(uint32_t)POLL_TURN);
+    c->in_turn = false;
+    pass_turn(c->vm);
+    pthread_mutex_unlock(&c->vm->lock);
+}
+
+bool turn_yield(struct vcpu *c) {
+    turn_release(c);
+    return turn_take(c);
+}
+
+/* ---- The loop ----------------------------------------------------------------------------------------------------- */
+
+static void exit_to_host(struct vcpu *c, hv_exit_reason_t reason) {
+    c->exit = (hv_vcpu_exit_t){.reason = reason};
+    c->exiting = true;
+}
+
+static void poll(struct vcpu *c) {
+    c->icount += (uint64_t)(int64_t)(c->slice - c->budget);
+    c->slice = c->budget = 0;
+    uint32_t why = atomic_load_explicit(&c->poll, memory_order_acquire);
+    if (why & POLL_INVALIDATE) {
+        pthread_mutex_lock(&c->vm->lock);
+        bool stop = c->vm->stoppers;
+        if (!stop)
+            catch_up(c);
+        pthread_mutex_unlock(&c->vm->lock);
+        if (stop && !turn_yield(c))
+            return exit_to_host(c, HV_EXIT_REASON_CANCELED);
+    }
+    if (why & POLL_EXIT)
+        return exit_to_host(c, HV_EXIT_REASON_CANCELED);
+    if (why & POLL_TURN && host_ns() - c->turn_start >= TURN_NS && !turn_yield(c))
+        return exit_to_host(c, HV_EXIT_REASON_CANCELED);
+    if (!c->vtimer_masked && vtimer_due(c)) {
+        c->vtimer_masked = true;
+        return exit_to_host(c, HV_EXIT_REASON_VTIMER_ACTIVATED);
+    }
+    if (c->fiq_line && !(c->daif & DAIF_F))
+        exc_interrupt(c, true);
+    else if (c->irq_line && !(c->daif & DAIF_I))
+        exc_interrupt(c, false);
+    else if (c->il)
+        exc_illegal_state(c);
+    c->slice = c->budget = next_budget(c);
+}
+
+const struct uop *next_block(struct vcpu *c) {
+    const struct jump_entry *jump = &c->jump[c->el][jump_index(c->pc)];
+    if (unlikely(jump->pc != c->pc || c->budget <= 0 ||
+                 atomic_load_explicit(&c->poll, memory_order_relaxed) & POLL_NOW))
+        return NULL;
+    const struct block *block = jump->block;
+    c->block_pc = c->pc;
+    c->budget -= (int32_t)block->count;
+    return block->uops->fn(c, block->uops);
+}
+
+/* The block at c->pc goes into the jump cache; an exception may move c->pc instead. */
+static void find_block(struct vcpu *c) {
+    if (c->jump[c->el][jump_index(c->pc)].pc == c->pc)
+        return;
+    uint64_t pa;
+    const uint8_t *host;
+    if (mmu_fetch(c, &pa, &host)) {
+        struct block *block = code_block(c, pa, host);
+        c->jump[c->el][jump_index(c->pc)] = (struct jump_entry){c->pc, block};
+    }
+}
+
+static void run(struct vcpu *c) {
+    while (!c->exiting) {
+        if (c->budget <= 0 || atomic_load_explicit(&c->poll, memory_order_relaxed) & POLL_NOW) {
+            poll(c);
+            if (c->exiting)
+                break;
+        }
+        find_block(c);
+        c->counters.block_runs++;
+        next_block(c);
+    }
+    c->icount += (uint64_t)(int64_t)(c->slice - c->budget);
+    c->slice = c->budget = 0;
+}
+
+void vcpu_run(struct vcpu *c) {
+    c->exiting = false;
+    if (atomic_load(&c->poll) & POLL_EXIT || !turn_take(c)) {
+        exit_to_host(c, HV_EXIT_REASON_CANCELED);
+    } else {
+        run(c);
+        if (c->in_turn) /* lost when asked to exit while yielding */
+            turn_release(c);
+    }
+    if (c->exit.reason == HV_EXIT_REASON_CANCELED)
+        atomic_fetch_and(&c->poll, ~(uint32_t)POLL_EXIT);
+    c->irq_line = c->fiq_line = false;
+    c->counters.instructions = c->icount;
+}
