@@ -1,4 +1,10 @@
-"""avmm: an asyncio-native virtual machine monitor for arm64 guests."""
+"""avmm: an asyncio-native virtual machine monitor for arm64 guests.
+
+::
+
+    async with avmm.boot(kernel, initrd, memory="512M", cpus=2) as vm:
+        await vm.console.expect(rb"login:", timeout=30)
+"""
 
 from __future__ import annotations
 
@@ -6,17 +12,57 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from avmm.hypervisor import available_engines, open_hypervisor
+    from avmm.config import VmConfig
+    from avmm.errors import (
+        AvmmError,
+        ConfigError,
+        EngineError,
+        FetchError,
+        GuestError,
+        GuestFault,
+        GuestGone,
+        GuestPanic,
+        HostError,
+        ImageError,
+        WaitTimeout,
+    )
+    from avmm.guest.console import Console
+    from avmm.vm import Outcome, VirtualMachine, boot
 
-__all__ = ["available_engines", "open_hypervisor"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "AvmmError",
+    "ConfigError",
+    "Console",
+    "EngineError",
+    "FetchError",
+    "GuestError",
+    "GuestFault",
+    "GuestGone",
+    "GuestPanic",
+    "HostError",
+    "ImageError",
+    "Outcome",
+    "VirtualMachine",
+    "VmConfig",
+    "WaitTimeout",
+    "boot",
+]
 
 # Names are looked up when first used, so that `import avmm` loads no engine, parser or event loop.
-_HOMES = {"available_engines": "avmm.hypervisor", "open_hypervisor": "avmm.hypervisor"}
+_HOMES = {
+    "boot": "avmm.vm",
+    "Outcome": "avmm.vm",
+    "VirtualMachine": "avmm.vm",
+    "VmConfig": "avmm.config",
+    "Console": "avmm.guest.console",
+}
 
 
 def __getattr__(name: str) -> object:
-    try:
-        home = _HOMES[name]
-    except KeyError:
-        raise AttributeError(f"module 'avmm' has no attribute {name!r}") from None
-    return getattr(import_module(home), name)
+    if name not in __all__:
+        raise AttributeError(f"module 'avmm' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES.get(name, "avmm.errors")), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,45 @@
+"""The ``avmm`` command. Each subcommand is a module with ``add_parser`` and ``run``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from avmm.cli import boot, fetch
+from avmm.cli.exitcodes import ExitCode
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="avmm", description="An asyncio-native virtual machine monitor for arm64 guests.", allow_abbrev=False
+    )
+    top.add_argument("--version", action="version", version=f"avmm {_version()}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    boot.add_parser(commands)
+    fetch.add_parser(commands)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: the process's own); the exit code, see :class:`ExitCode`."""
+    args = parser().parse_args(argv)
+    from avmm.errors import ConfigError, HostError, ImageError
+
+    try:
+        code: int = args.run(args)
+    except (ConfigError, ImageError) as error:
+        print(f"avmm: {error}", file=sys.stderr)
+        return ExitCode.USAGE
+    except HostError as error:
+        print(f"avmm: {error}", file=sys.stderr)
+        return ExitCode.HOST
+    except KeyboardInterrupt:
+        return ExitCode.SIGNAL + 2
+    return code
+
+
+def _version() -> str:
+    from avmm import __version__
+
+    return __version__

@@ -1,0 +1,1 @@
+"""The guest as a test sees it: its console, its commands."""

@@ -1,0 +1,56 @@
+"""The guest's serial console as a test sees it: what it printed, and a way to type."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Protocol
+
+from avmm.guest.transcript import Transcript
+
+
+class Keyboard(Protocol):
+    """Where typed bytes go: the host's end of a serial line."""
+
+    def type(self, data: bytes) -> None:
+        """Queue ``data`` for the guest."""
+        ...
+
+    async def drain(self) -> None:
+        """Return when the guest has taken everything queued."""
+        ...
+
+
+class Console:
+    """``vm.console``: a transcript to wait on and a keyboard to type at."""
+
+    def __init__(self, keyboard: Keyboard, keep: int | None = None) -> None:
+        self._keyboard = keyboard
+        self.transcript = Transcript(keep)
+
+    @property
+    def output(self) -> bytes:
+        """Everything printed so far."""
+        return bytes(self.transcript.data)
+
+    def listen(self, listener: Callable[[bytes], None]) -> None:
+        """Call ``listener`` with every piece of output from now on, on the event loop."""
+        self.transcript.listen(listener)
+
+    async def expect(
+        self,
+        pattern: bytes | re.Pattern[bytes],
+        *,
+        timeout: float | None = None,
+        failure: bytes | re.Pattern[bytes] | None = None,
+    ) -> re.Match[bytes]:
+        """Wait for ``pattern`` in the output; see :meth:`avmm.guest.transcript.Transcript.expect`."""
+        return await self.transcript.expect(pattern, timeout=timeout, failure=failure)
+
+    def write(self, data: bytes) -> None:
+        """Type ``data``. Nothing is lost: what the UART has no room for waits here."""
+        self._keyboard.type(data)
+
+    async def drain(self) -> None:
+        """Wait until the guest has taken everything typed."""
+        await self._keyboard.drain()

@@ -1,0 +1,113 @@
+"""An append-only record of what the guest has printed, and waiters that read along.
+
+Each waiter has a cursor of its own, so nothing that was printed before somebody waited is lost. A wait ends on a
+match, on a failure pattern, on its timeout, or at once when the transcript is closed because the guest is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable
+
+from avmm.errors import GuestError, WaitTimeout
+
+#: A match may reach back this far before data that has been searched already; keeps a wait linear in the output.
+LOOK_BACK = 64 * 1024
+
+#: Bytes of output quoted in a timeout's message and kept in its ``tail``.
+TAIL = 2000
+
+
+class Transcript:
+    """What the guest has sent, with a cursor for :meth:`expect`. Positions count from the first byte ever sent.
+
+    Belongs to one event loop; :meth:`feed` and :meth:`close` are called on it. ``keep``: how many bytes at least to
+    remember; None remembers everything.
+    """
+
+    def __init__(self, keep: int | None = None) -> None:
+        self.data = bytearray()
+        self.cursor = 0
+        self._dropped = 0  # bytes forgotten before data[0]
+        self._keep = keep
+        self._closed: GuestError | None = None
+        self._waiters: set[asyncio.Future[None]] = set()
+        self._listeners: list[Callable[[bytes], None]] = []
+
+    def listen(self, listener: Callable[[bytes], None]) -> None:
+        """Call ``listener`` with every piece of output from now on."""
+        self._listeners.append(listener)
+
+    def feed(self, data: bytes) -> None:
+        """Append what the guest printed and wake whoever waits."""
+        self.data += data
+        if self._keep is not None and len(self.data) > 2 * self._keep:
+            surplus = len(self.data) - self._keep
+            del self.data[:surplus]
+            self._dropped += surplus
+        for listener in self._listeners:
+            listener(data)
+        self._wake()
+
+    def close(self, reason: GuestError) -> None:
+        """No more output will come; everybody who waits gets ``reason``."""
+        if self._closed is None:
+            self._closed = reason
+            self._wake()
+
+    def _wake(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def expect(
+        self,
+        pattern: bytes | re.Pattern[bytes],
+        *,
+        timeout: float | None = None,
+        failure: bytes | re.Pattern[bytes] | None = None,
+    ) -> re.Match[bytes]:
+        """Wait until ``pattern`` (a regular expression over bytes) matches output after the cursor.
+
+        The cursor moves to the end of the match. Output that has come already counts. A match of ``failure`` that comes
+        first raises GuestError; the guest's end raises its reason at once (GuestGone, GuestPanic ...); ``timeout``,
+        in seconds, raises WaitTimeout. A match may reach at most 64 KiB back over output searched in vain before.
+        """
+        success = re.compile(pattern)
+        failed = re.compile(failure) if failure is not None else None
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._match(success, failed)
+        except TimeoutError:
+            elapsed = time.monotonic() - began
+            tail = bytes(self.data[-TAIL:])
+            last = b"\n".join(tail.splitlines()[-20:]).decode(errors="replace")
+            raise WaitTimeout(
+                f"no match for {success.pattern!r} on the console after {elapsed:.1f} s; it last showed:\n{last}",
+                elapsed=elapsed,
+                tail=tail,
+            ) from None
+
+    async def _match(self, success: re.Pattern[bytes], failed: re.Pattern[bytes] | None) -> re.Match[bytes]:
+        searched = self.cursor
+        while True:
+            start = max(self.cursor, searched - LOOK_BACK) - self._dropped
+            found = success.search(self.data, max(start, 0))
+            bad = failed.search(self.data, max(start, 0)) if failed is not None else None
+            if bad is not None and (found is None or bad.start() < found.start()):
+                raise GuestError(f"the console showed {bad.group()!r}")
+            if found is not None:
+                self.cursor = self._dropped + found.end()
+                return found
+            if self._closed is not None:
+                raise self._closed
+            searched = self._dropped + len(self.data)
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiters.add(waiter)
+            try:
+                await waiter
+            finally:
+                self._waiters.discard(waiter)

@@ -1,0 +1,412 @@
+"""A virtual machine: owns, wires, starts, pauses and stops what the other modules make.
+
+::
+
+    created ──start()──► running ⇄ pause()/resume() ⇄ paused ──► stopped
+
+All its tasks live in one TaskGroup inside one supervisor task, so that a guest that dies never cancels the program it
+is embedded in; it wakes whoever waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import threading
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import structlog
+
+from avmm.aio import cancel, outlast
+from avmm.backends.serial import SerialLine
+from avmm.board import Board
+from avmm.bootloader.image import Kernel, load_kernel, read_file
+from avmm.bootloader.loader import ENTROPY_SIZE, Entry, load_linux, place
+from avmm.bootloader.machine import RAM_BASE, RNG_SEED_SIZE, build_fdt
+from avmm.clock import Clock, DeadlineTimers
+from avmm.config import VmConfig
+from avmm.errors import AvmmError, ConfigError, GuestError, GuestGone, GuestPanic
+from avmm.guest.console import Console
+from avmm.guest.panic import PanicWatch
+from avmm.hypervisor import Hypervisor, open_hypervisor
+from avmm.hypervisor.base import ExitKind
+from avmm.memory import GuestMemory, Region
+from avmm.vcpu import sysregs
+from avmm.vcpu.loop import Event, VcpuLoop
+from avmm.vcpu.loop import Outcome as VcpuOutcome
+from avmm.vcpu.psci import Psci
+
+log = structlog.get_logger("avmm")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a VM ended.
+
+    ``reason`` is ``"power-off"``, ``"reset"`` (only where resets are not followed), ``"panic"``, ``"fault"`` or
+    ``"stopped"`` (by the host). ``error`` says more when it was a panic (GuestPanic) or a fault (GuestError, or EngineError).
+    """
+
+    reason: str
+    error: AvmmError | None = None
+
+
+class VirtualMachine:
+    """One virtual machine. Make it inside a running event loop, then ``async with`` it, or ``start`` and ``stop`` it.
+
+    ``keep_output``: how many bytes of console output to remember at least; None remembers all.
+    """
+
+    def __init__(self, config: VmConfig, *, keep_output: int | None = None) -> None:
+        self.config = config
+        self.state = "created"
+        #: time.monotonic() of what has happened so far, in order.
+        self.timeline: dict[str, float] = {}
+        self._panic = PanicWatch(self._guest_is_dead)
+        self._line = SerialLine(self._printed)
+        self.console = Console(self._line, keep_output)
+        self.console.listen(self._panic.feed)
+        self._log = log.bind(kernel=os.fspath(config.kernel))
+        self._lock = threading.RLock()
+        self._clock = Clock()
+        self._memory = GuestMemory()
+        self._hypervisor: Hypervisor | None = None
+        self._board: Board | None = None
+        self._psci: Psci | None = None
+        self._vcpus: list[VcpuLoop] = []
+        self._past_exits = [0] * len(ExitKind)  # of vCPUs before the last reset
+        self._stopping = asyncio.Event()
+        self._supervisor: asyncio.Task[None] | None = None
+        self._outcome: Outcome | None = None
+
+    # Life.
+
+    async def __aenter__(self) -> VirtualMachine:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Load the images, create the machine and let it run. Raises ImageError, EngineError or ConfigError."""
+        if self.state != "created":
+            raise ConfigError(f"a VM starts once; this one is {self.state}")
+        config = self.config
+        # Reading and unpacking take a while: not on the event loop.
+        kernel, initrd = await asyncio.to_thread(_read_images, config)
+        timers = DeadlineTimers(asyncio.get_running_loop())
+        try:
+            hypervisor = self._hypervisor = open_hypervisor(config.engine)
+            _check_capabilities(config, hypervisor)
+            region = Region(RAM_BASE, mmap.mmap(-1, config.memory, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+            self._memory.add(region)
+            hypervisor.map(region)
+            self._memory.on_host_write = hypervisor.host_wrote
+            entry = self._assemble(kernel, initrd, timers)
+        except BaseException:
+            timers.close()
+            self._release()
+            raise
+        self._mark("engine ready")
+        self.state = "running"
+        self._supervisor = asyncio.create_task(self._supervise(kernel, initrd, timers, entry))
+        self._log.info("vm.started", memory=config.memory, cpus=config.cpus, engine=hypervisor.capabilities.name)
+
+    async def wait(self) -> Outcome:
+        """Return when the VM has ended. Cancelling this does not stop it."""
+        if self._supervisor is None:
+            raise ConfigError("this VM has not been started")
+        await asyncio.shield(self._supervisor)
+        assert self._outcome is not None
+        return self._outcome
+
+    async def stop(self) -> None:
+        """End the VM, whatever it is doing, and release everything it has. Does nothing a second time."""
+        self._stopping.set()
+        if self._supervisor is not None:
+            await outlast(self._supervisor)
+        self.state = "stopped"
+
+    async def pause(self) -> None:
+        """Stop guest time: every vCPU comes to rest outside the guest."""
+        self._expect_state("running")
+        self.state = "paused"
+        await asyncio.gather(*(vcpu.pause() for vcpu in self._vcpus))
+
+    async def resume(self) -> None:
+        """Go on after :meth:`pause`."""
+        self._expect_state("paused")
+        self.state = "running"
+        for vcpu in self._vcpus:
+            vcpu.resume()
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How the VM ended; None while it has not."""
+        return self._outcome
+
+    @property
+    def memory(self) -> GuestMemory:
+        """The guest's RAM."""
+        return self._memory
+
+    def hold_output(self, hold: bool) -> None:
+        """While held, the guest's UART says that it cannot send: for a host that is slower than the guest."""
+        if self._board is not None:
+            self._board.uart.tx_blocked = hold
+
+    def counters(self) -> dict[str, Any]:
+        """Plain numbers: ``exits`` by kind over all vCPUs, and ``vcpus``, a dictionary for each."""
+        exits = list(self._past_exits)
+        for vcpu in self._vcpus:
+            for kind, count in enumerate(vcpu.counters.exits):
+                exits[kind] += count
+        return {
+            "exits": {kind.name.lower(): exits[kind] for kind in ExitKind},
+            "vcpus": [vcpu.snapshot_counters() for vcpu in self._vcpus],
+        }
+
+    # The machine between power-on and reset.
+
+    def _assemble(self, kernel: Kernel, initrd: bytes | None, timers: DeadlineTimers) -> Entry:
+        """A board and vCPUs fresh from reset, and the images in memory."""
+        assert self._hypervisor is not None
+        cpus = self.config.cpus
+        board = self._board = Board(self._lock, cpus, self._line)
+        self._psci = Psci(self._is_ram)
+        for kind in ExitKind:
+            self._past_exits[kind] += sum(vcpu.counters.exits[kind] for vcpu in self._vcpus)
+        self._vcpus = [
+            VcpuLoop(
+                index,
+                hypervisor=self._hypervisor,
+                bus=board.bus,
+                irqchip=board.gic,
+                psci=self._psci,
+                clock=self._clock,
+                timers=timers,
+                lock=self._lock,
+            )
+            for index in range(cpus)
+        ]
+        return load_linux(
+            self._memory,
+            kernel,
+            initrd,
+            cmdline=self.config.cmdline,
+            cpus=[sysregs.mpidr(index) for index in range(cpus)],
+            devices=board.nodes(),
+            entropy=os.urandom(ENTROPY_SIZE),
+        )
+
+    async def _supervise(self, kernel: Kernel, initrd: bytes | None, timers: DeadlineTimers, entry: Entry) -> None:
+        outcome = Outcome("stopped")
+        try:
+            while True:
+                outcome = self._judge(await self._run(entry))
+                if outcome.reason != "reset" or not self.config.reboot or self._stopping.is_set():
+                    break
+                self._log.info("vm.rebooting")
+                entry = self._assemble(kernel, initrd, timers)
+        except AvmmError as error:
+            outcome = Outcome("fault", error)
+        finally:
+            self._mark("end")
+            self.state = "stopped"
+            self._outcome = outcome
+            timers.close()
+            self._release()
+            self._line.close()
+            self.console.transcript.close(_why_gone(outcome))
+            self._log.info("vm.ended", reason=outcome.reason, error=str(outcome.error or ""))
+
+    async def _run(self, entry: Entry) -> VcpuOutcome:
+        """From power-on until a vCPU reports an end, or :meth:`stop`; leaves no task and no thread."""
+        board, psci = self._board, self._psci
+        assert board is not None
+        assert psci is not None
+        async with asyncio.TaskGroup() as tasks:
+            work = [tasks.create_task(coroutine) for coroutine in board.coroutines()]
+            with self._lock:
+                psci.power_on(0, entry.pc, entry.x0)
+            self._mark("first instruction")
+            runs = [tasks.create_task(_report(vcpu)) for vcpu in self._vcpus]
+            stopping = tasks.create_task(self._stopping.wait())
+            done, _ = await asyncio.wait((*runs, stopping), return_when=asyncio.FIRST_COMPLETED)
+            ended = [task.result() for task in runs if task in done]
+            for vcpu in self._vcpus:
+                await vcpu.stop()
+            await asyncio.wait(runs)
+            await cancel(stopping, *work)
+        return ended[0] if ended else VcpuOutcome(Event.STOP, 0)
+
+    def _judge(self, ended: VcpuOutcome) -> Outcome:
+        if self._panic.reason is not None:
+            return Outcome("panic", GuestPanic(self._panic.reason))
+        if ended.event is Event.FAULT:
+            return Outcome("fault", ended.error)
+        return Outcome({Event.POWER_OFF: "power-off", Event.RESET: "reset"}.get(ended.event, "stopped"))
+
+    def _release(self) -> None:
+        """Give everything back that a VM holds outside Python."""
+        self._memory.on_host_write = lambda gpa, length: None
+        hypervisor, self._hypervisor = self._hypervisor, None
+        if hypervisor is not None:
+            hypervisor.close()
+        self._memory.close()
+
+    # Small things.
+
+    def _printed(self, data: bytes) -> None:
+        self._mark("first console byte")
+        self.console.transcript.feed(data)
+
+    def _guest_is_dead(self) -> None:
+        """The kernel has panicked and stays down: nothing more will come of it."""
+        self._stopping.set()
+
+    def _is_ram(self, address: int) -> bool:
+        return any(region.base <= address < region.base + region.size for region in self._memory.regions)
+
+    def _mark(self, name: str) -> None:
+        self.timeline.setdefault(name, time.monotonic())
+
+    def _expect_state(self, wanted: str) -> None:
+        if self.state != wanted:
+            raise ConfigError(f"this needs a VM that is {wanted}; it is {self.state}")
+
+
+class Booting:
+    """What :func:`boot` returns: await it, or ``async with`` it."""
+
+    def __init__(self, config: VmConfig, keep_output: int | None) -> None:
+        self._config = config
+        self._keep_output = keep_output
+        self._vm: VirtualMachine | None = None
+
+    def __await__(self) -> Generator[Any, None, VirtualMachine]:
+        return self.__aenter__().__await__()
+
+    async def __aenter__(self) -> VirtualMachine:
+        vm = self._vm = VirtualMachine(self._config, keep_output=self._keep_output)
+        await vm.start()
+        return vm
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._vm is not None
+        await self._vm.stop()
+
+
+def boot(
+    kernel: str | os.PathLike[str],
+    initrd: str | os.PathLike[str] | None = None,
+    *,
+    memory: str | int = "512M",
+    cpus: int = 1,
+    append: str = "",
+    cmdline: str | None = None,
+    engine: str = "auto",
+    reboot: bool = True,
+    keep_output: int | None = None,
+) -> Booting:
+    """A running virtual machine: ``async with avmm.boot(kernel, initrd, memory="512M", cpus=2) as vm: ...``
+
+    Also ``vm = await avmm.boot(...)``, which you end yourself with ``await vm.stop()``. ``append`` is added to the
+    default kernel command line, ``cmdline`` replaces it; ``reboot=False`` ends the VM when the guest resets;
+    ``keep_output`` bounds how many bytes of console output are remembered. Raises ConfigError at once, ImageError and
+    EngineError when it starts.
+    """
+    config = VmConfig.resolve(
+        kernel, initrd, memory=memory, cpus=cpus, append=append, cmdline=cmdline, engine=engine, reboot=reboot
+    )
+    return Booting(config, keep_output)
+
+
+def describe(config: VmConfig) -> dict[str, Any]:
+    """The configuration as it would run, images checked, as plain data. Raises ImageError or EngineError."""
+    kernel, initrd = _read_images(config)
+    hypervisor = open_hypervisor(config.engine)
+    try:
+        _check_capabilities(config, hypervisor)
+        engine = hypervisor.capabilities.name
+    finally:
+        hypervisor.close()
+    return {
+        "kernel": {
+            "path": os.fspath(config.kernel),
+            "bytes": len(kernel.image),
+            "image_size": kernel.image_size,
+            "page_size": kernel.page_size,
+        },
+        "initrd": None if initrd is None else {"path": os.fspath(config.initrd or ""), "bytes": len(initrd)},
+        "cmdline": config.cmdline,
+        "memory": config.memory,
+        "cpus": config.cpus,
+        "engine": engine,
+        "reboot": config.reboot,
+    }
+
+
+def device_tree(config: VmConfig) -> bytes:
+    """The flattened device tree the guest would get, its random seeds included. Raises ImageError."""
+    kernel, initrd = _read_images(config)
+    layout = place(RAM_BASE, config.memory, kernel, len(initrd or b""))
+    entropy = os.urandom(ENTROPY_SIZE)
+    return build_fdt(
+        ram=[(RAM_BASE, config.memory)],
+        cpus=[sysregs.mpidr(index) for index in range(config.cpus)],
+        bootargs=config.cmdline,
+        initrd=(layout.initrd, layout.initrd_end) if initrd else None,
+        devices=Board(threading.RLock(), config.cpus, _Unconnected()).nodes(),
+        rng_seed=entropy[:RNG_SEED_SIZE],
+        kaslr_seed=entropy[RNG_SEED_SIZE:],
+    )
+
+
+class _Unconnected:
+    """A serial line with nobody at the other end: for a board that is only described."""
+
+    async def read(self, limit: int) -> bytes:
+        return b""
+
+    def write(self, data: bytes) -> None:
+        pass
+
+
+def _read_images(config: VmConfig) -> tuple[Kernel, bytes | None]:
+    kernel = load_kernel(config.kernel, config.memory)
+    return kernel, None if config.initrd is None else read_file(config.initrd, "initrd", config.memory)
+
+
+def _check_capabilities(config: VmConfig, hypervisor: Hypervisor) -> None:
+    can = hypervisor.capabilities
+    if config.cpus > can.max_vcpus:
+        raise ConfigError(f"{can.name} runs at most {can.max_vcpus} vCPUs in a VM, not {config.cpus}")
+    if RAM_BASE + config.memory > 1 << can.ipa_bits:
+        most = ((1 << can.ipa_bits) - RAM_BASE) >> 20
+        raise ConfigError(f"{can.name} addresses {can.ipa_bits} bits here: give the guest at most {most} MiB of memory")
+
+
+async def _report(vcpu: VcpuLoop) -> VcpuOutcome:
+    """Run ``vcpu``; what goes wrong on the host's side is an outcome too, not the end of the task group."""
+    try:
+        return await vcpu.run()
+    except AvmmError as error:
+        return VcpuOutcome(Event.FAULT, vcpu.index, error)
+
+
+def _why_gone(outcome: Outcome) -> GuestError:
+    if isinstance(outcome.error, GuestError):
+        return outcome.error
+    texts = {"power-off": "the guest powered off", "reset": "the guest reset", "stopped": "the VM was stopped"}
+    return GuestGone(texts.get(outcome.reason, f"the VM failed: {outcome.error}"), outcome.reason)

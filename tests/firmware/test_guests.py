@@ -1,0 +1,97 @@
+"""The bare-metal guests on every engine this machine has. QEMU's verdict on them is in test_firmware_images.py."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import avmm
+from avmm.hypervisor import available_engines
+
+IMAGES = Path(__file__).parents[2] / "firmware" / "images"
+TIMEOUT = 120
+
+
+@pytest.fixture(params=available_engines())
+def engine(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+def machine(name: str, engine: str, cpus: int, **parameters: int) -> avmm.vm.Booting:
+    words = " ".join(f"{key}={value}" for key, value in parameters.items())
+    return avmm.boot(IMAGES / f"{name}.bin", memory="128M", cpus=cpus, engine=engine, cmdline=words, reboot=False)
+
+
+async def report(name: str, engine: str, cpus: int, **parameters: int) -> list[str]:
+    """Run a guest to its end; the lines it printed."""
+    async with machine(name, engine, cpus, **parameters) as vm:
+        outcome = await vm.wait()
+        lines = vm.console.output.decode("ascii").splitlines()
+        assert outcome.reason == "power-off", (outcome, lines[-20:])
+        return lines
+
+
+@pytest.mark.parametrize(
+    ("name", "cpus", "parameters"),
+    [
+        ("timer_wfi", 1, {"n": 50, "hz": 500}),
+        ("timer_wfi", 4, {"n": 50, "hz": 500}),
+        ("ipi_pingpong", 1, {"n": 200}),
+        ("ipi_pingpong", 2, {"n": 200}),
+        ("ipi_pingpong", 4, {"n": 100}),
+        ("ipi_pingpong", 8, {"n": 20}),
+        ("exits", 1, {"n": 500}),
+        ("faults", 1, {}),
+        ("psci", 1, {}),
+        ("psci", 2, {}),
+        ("psci", 4, {}),
+        ("gic", 1, {}),
+        ("gic", 4, {}),
+        ("atomics", 1, {"n": 1000}),
+        ("atomics", 4, {"n": 1000}),
+        ("mmio_widths", 1, {}),
+        ("smc_code", 1, {"n": 200}),
+        ("smc_code", 2, {"n": 200}),
+        ("garbage_devices", 1, {"n": 20000, "seed": 1}),
+        ("garbage_devices", 2, {"n": 20000, "seed": 2}),
+    ],
+)
+async def test_every_check_passes(name: str, engine: str, cpus: int, parameters: dict[str, int]) -> None:
+    lines = await report(name, engine, cpus, **parameters)
+    assert not [line for line in lines if line.startswith("not ok")]
+    passed = [line for line in lines if line.startswith("ok ")]
+    assert f"1..{len(passed)}" in lines  # the plan, printed last: nothing was left out
+    assert passed
+
+
+async def test_hello(engine: str) -> None:
+    assert await report("hello", engine, 1) == ["hello"]
+
+
+async def test_reset(engine: str) -> None:
+    async with machine("reset", engine, 1) as vm:
+        assert (await vm.wait()).reason == "reset"
+        assert vm.console.output == b"reset\n" or vm.console.output == b"reset\r\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "printed"), [("scribble_tables", b"scribble"), ("jump_nowhere", b"jump"), ("exception_loop", b"loop")]
+)
+async def test_a_guest_gone_wild_is_stopped_at_once(name: str, printed: bytes, engine: str) -> None:
+    """It cannot end by itself; avmm neither crashes nor hangs, and stops it when told to."""
+    async with machine(name, engine, 1) as vm:
+        await vm.console.expect(re.escape(printed), timeout=TIMEOUT)
+        assert vm.outcome is None
+        await vm.stop()
+        assert (await vm.wait()).reason == "stopped"
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_garbage_written_to_every_device(engine: str, seed: int) -> None:
+    """Whatever a guest writes wherever a device is, avmm goes on; the guest's end is its own business."""
+    async with machine("garbage_devices", engine, 1, n=5000, seed=100 + seed) as vm:
+        outcome = await vm.wait()
+    assert outcome.reason in ("power-off", "reset") or isinstance(outcome.error, avmm.GuestError)

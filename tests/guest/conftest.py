@@ -1,0 +1,86 @@
+"""A real guest: Debian's own arm64 kernels with a busybox userland, fetched once into the user's cache."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from avmm.bootloader import cpio
+from avmm.cli.fetch import Fetched, fetch_debian
+from avmm.errors import FetchError
+
+#: What the fetched initrd prints when its shell is about to start.
+READY = rb"avmm: Debian \S+ ready"
+
+
+def _fetch(flavour: str) -> Fetched:
+    try:
+        return fetch_debian(flavour=flavour, progress=lambda text: None)
+    except FetchError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"no guest to boot: {error}")
+
+
+@pytest.fixture(scope="session")
+def debian() -> Fetched:
+    """Debian's cloud kernel and the busybox initrd."""
+    return _fetch("cloud")
+
+
+@pytest.fixture(scope="session")
+def debian_generic() -> Fetched:
+    """The same with Debian's generic kernel."""
+    return _fetch("generic")
+
+
+@pytest.fixture
+def with_init(debian: Fetched, tmp_path: Path) -> Callable[[str], Path]:
+    """Makes an initrd whose first program is the given shell script; boot it with ``avmm.init=/test-init``."""
+
+    def make(script: str) -> Path:
+        archive = cpio.pack([cpio.file("test-init", b"#!/bin/sh\n" + script.encode(), 0o755)])
+        path = tmp_path / "initrd"
+        path.write_bytes(cpio.append(debian.initrd.read_bytes(), archive))
+        return path
+
+    return make
+
+
+def _held() -> dict[str, set[str]]:
+    """What a process holds that a VM must give back: threads, file descriptors, mappings as large as guest RAM."""
+    mappings = set()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, _, last = line.split()[0].partition("-")
+        if int(last, 16) - int(first, 16) >= 64 << 20:
+            mappings.add(line.split()[0])
+    return {
+        "threads": {thread.name for thread in threading.enumerate() if thread.name.startswith("avmm")},
+        "files": {os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in _open_files()},
+        "mappings": mappings,
+    }
+
+
+def _open_files() -> list[str]:
+    return [fd for fd in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{fd}")]
+
+
+@pytest.fixture(autouse=True)
+async def nothing_left() -> AsyncIterator[None]:
+    """After each test: no thread, file descriptor, mapping or task more than before."""
+    before = _held()
+    files = len(_open_files())
+    yield
+    gc.collect()
+    left = {what: now - before[what] for what, now in _held().items()}
+    assert not left["threads"], left
+    assert not left["mappings"], left
+    assert len(_open_files()) <= files, left
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    assert not [task for task in others if "avmm" in repr(task.get_coro())], others

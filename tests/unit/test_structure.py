@@ -1,0 +1,88 @@
+"""The house's laws that a machine can check: imports point down, files stay readable, the public API is what it is."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import avmm
+
+ROOT = Path(avmm.__file__).parent
+
+#: What each room may import, besides itself. A room that is not listed may import everything.
+BELOW = {
+    "errors": set(),
+    "aio": set(),
+    "fdt": set(),
+    "memory": {"errors"},
+    "bus": {"errors"},
+    "irq": set(),
+    "clock": {"errors"},
+    "config": {"errors"},
+    "hypervisor": {"errors", "memory"},
+    "vcpu": {"errors", "bus", "clock", "hypervisor", "irq", "aio"},
+    "devices": {"errors", "fdt", "irq", "memory", "bus"},
+    "backends": {"errors"},
+    "guest": {"errors"},
+    "bootloader": {"errors", "fdt", "memory"},
+}
+
+
+def modules() -> list[Path]:
+    return sorted(ROOT.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """The rooms of avmm that the file imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found |= {name.split(".")[1] for name in names if name.startswith("avmm.")}
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    if room in BELOW:
+        assert imports(path) <= BELOW[room] | {room}
+
+
+def test_files_stay_readable() -> None:
+    limits = {".py": 800, ".c": 1500, ".h": 1500}
+    for path in ROOT.rglob("*"):
+        if path.suffix in limits and not path.name.startswith(("_softhv", "_framework")):
+            lines = len(path.read_text().splitlines())
+            assert lines <= limits[path.suffix], f"{path} has {lines} lines: which boundary is missing in it?"
+
+
+def test_public_api() -> None:
+    assert avmm.__all__ == [
+        "AvmmError", "ConfigError", "Console", "EngineError", "FetchError", "GuestError", "GuestFault", "GuestGone",
+        "GuestPanic", "HostError", "ImageError", "Outcome", "VirtualMachine", "VmConfig", "WaitTimeout", "boot",
+    ]  # fmt: skip
+    for name in avmm.__all__:
+        assert getattr(avmm, name) is not None
+
+
+def test_import_is_light() -> None:
+    """`import avmm` loads no engine, parser, event loop or logger: that is what keeps it under 100 ms."""
+    code = "import avmm, sys; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "avmm" in loaded
+    assert not {"asyncio", "cffi", "construct", "structlog", "uvloop", "avmm.vm"} & set(loaded)
+
+
+def test_help_is_light() -> None:
+    """So does `avmm boot --help`."""
+    code = (
+        "import sys, avmm.cli\n"
+        "try: avmm.cli.main(['boot', '--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "print(*sys.modules, file=sys.stderr)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.split()
+    assert not {"asyncio", "cffi", "construct", "structlog", "uvloop", "avmm.vm"} & set(loaded)

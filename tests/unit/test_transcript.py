@@ -1,0 +1,121 @@
+"""Waiting for console output."""
+
+import asyncio
+import re
+
+import pytest
+
+from avmm.errors import GuestError, GuestGone, GuestPanic, WaitTimeout
+from avmm.guest.panic import PanicWatch
+from avmm.guest.transcript import LOOK_BACK, Transcript
+
+
+async def test_matches_what_has_come_already_and_moves_the_cursor() -> None:
+    transcript = Transcript()
+    transcript.feed(b"one two one two")
+    first = await transcript.expect(rb"two", timeout=0)
+    second = await transcript.expect(rb"t(w)o", timeout=0)
+    assert (first.start(), second.start(), second[1]) == (4, 12, b"w")
+    with pytest.raises(WaitTimeout):
+        await transcript.expect(rb"two", timeout=0)
+
+
+async def test_wakes_on_arrival_however_the_bytes_are_cut() -> None:
+    transcript = Transcript()
+    waiting = asyncio.create_task(transcript.expect(rb"lo+gin: $", timeout=30))
+    for byte in b"\nloooogin: ":
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        transcript.feed(bytes((byte,)))
+    assert (await waiting).group() == b"loooogin: "
+
+
+async def test_failure_pattern_that_comes_first_raises() -> None:
+    transcript = Transcript()
+    transcript.feed(b"error: no disk\nready\n")
+    with pytest.raises(GuestError, match="error: no"):
+        await transcript.expect(rb"ready", failure=rb"error: \w+", timeout=0)
+    assert (await transcript.expect(rb"error", failure=rb"ready", timeout=0)).start() == 0
+
+
+async def test_the_guests_end_wakes_every_waiter_with_its_reason() -> None:
+    transcript = Transcript()
+    waiting = [asyncio.create_task(transcript.expect(rb"never")) for _ in range(3)]
+    await asyncio.sleep(0)
+    transcript.close(GuestPanic("Attempted to kill init!"))
+    for task in waiting:
+        with pytest.raises(GuestPanic, match="kill init"):
+            await task
+    with pytest.raises(GuestPanic):
+        await transcript.expect(rb"never")
+
+
+async def test_output_before_the_end_still_matches_after_it() -> None:
+    transcript = Transcript()
+    transcript.feed(b"Power down")
+    transcript.close(GuestGone("the guest powered off"))
+    assert await transcript.expect(rb"Power down")
+
+
+async def test_timeout_says_what_was_there() -> None:
+    transcript = Transcript()
+    transcript.feed(b"Welcome\nPassword: ")
+    with pytest.raises(WaitTimeout, match="Password:") as caught:
+        await transcript.expect(re.compile(rb"login:"), timeout=0.01)
+    assert caught.value.tail == b"Welcome\nPassword: "
+    assert isinstance(caught.value, TimeoutError)
+
+
+async def test_cancelling_a_wait_leaves_no_waiter() -> None:
+    transcript = Transcript()
+    with pytest.raises(TimeoutError) as caught:
+        async with asyncio.timeout(0.01):
+            await transcript.expect(rb"never")
+    assert not isinstance(caught.value, WaitTimeout)
+    assert not transcript._waiters
+
+
+async def test_keep_bounds_the_memory_not_the_positions() -> None:
+    transcript = Transcript(keep=1000)
+    for number in range(5000):
+        transcript.feed(b"%07d\n" % number)
+    assert len(transcript.data) <= 2008
+    assert (await transcript.expect(rb"0004999", timeout=0)).group() == b"0004999"
+    assert transcript.cursor == 5000 * 8 - 1
+
+
+async def test_a_match_may_begin_in_output_searched_before() -> None:
+    transcript = Transcript()
+    waiting = asyncio.create_task(transcript.expect(rb"BEGIN.*END", timeout=30))
+    transcript.feed(b"BEGIN" + b"x" * (LOOK_BACK - 10))
+    await asyncio.sleep(0)
+    transcript.feed(b"END")
+    assert (await waiting).group().endswith(b"xEND")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[    1.234567] Kernel panic - not syncing: VFS: no root",
+        b"[    1.234567][    T1] Kernel panic - not syncing: VFS: no root",
+        b"Kernel panic - not syncing: VFS: no root",
+    ],
+)
+def test_panic_is_noticed(line: bytes) -> None:
+    dead: list[bool] = []
+    watch = PanicWatch(lambda: dead.append(True))
+    for byte in line + b"\r\n":
+        watch.feed(bytes((byte,)))
+    assert watch.reason == "VFS: no root"
+    assert not dead
+    watch.feed(b"[    1.3] ---[ end Kernel panic - not syncing: VFS: no root ]---\r\n")
+    assert dead
+
+
+def test_talk_of_a_panic_is_none() -> None:
+    watch = PanicWatch(lambda: None)
+    watch.feed(b"# echo Kernel panic - not syncing: no\n")
+    watch.feed(b"[ 1.0] systemd: saw 'Kernel panic - not syncing: no'\n")
+    watch.feed(b"x" * 100_000)
+    watch.feed(b"\n")
+    assert watch.reason is None
