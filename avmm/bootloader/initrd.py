@@ -7,11 +7,15 @@ program to run instead of the shell: append a second archive that holds it (:fun
 
 from __future__ import annotations
 
+import hashlib
 import re
 
 from avmm.bootloader import cpio, modules
 from avmm.bootloader.deb import Package
 from avmm.errors import ImageError
+
+#: Goes up when :func:`build` changes in a way that the texts and lists below do not show.
+_FORMAT = 1
 
 #: Modules that go in where the kernel has them as modules; what they depend on follows.
 WANTED = (
@@ -67,6 +71,12 @@ esac
 """
 
 _DIRECTORIES = ("bin", "dev", "etc", "mnt", "proc", "root", "run", "sbin", "sys", "tmp", "usr/bin", "usr/sbin")
+
+
+def recipe() -> str:
+    """Changes when this version of avmm would build another initrd from the same packages."""
+    made_of = repr((_FORMAT, WANTED, _AT_BOOT, INIT, _DHCP, _DIRECTORIES))
+    return hashlib.sha256(made_of.encode()).hexdigest()
 
 
 def kernel_version(kernel: Package) -> str:

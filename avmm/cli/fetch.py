@@ -92,18 +92,11 @@ def cache_directory() -> Path:
 # --- the cache: an index names the files, their checksums and what they were made with ---------------------------
 
 
-def _recipe() -> str:
-    """Changes when this version of avmm would build another initrd from the same packages."""
-    boot = Path(__file__).parent.parent / "bootloader"
-    made_of = b"".join((boot / name).read_bytes() for name in ("initrd.py", "modules.py", "cpio.py"))
-    return hashlib.sha256(made_of).hexdigest()
-
-
 def _kept(home: Path) -> Fetched | None:
     """What the cache holds, if it is whole and of this recipe."""
     try:
         index = json.loads((home / "index.json").read_bytes())
-        if index["recipe"] != _recipe():
+        if index["recipe"] != initrd.recipe():
             return None
         folder = home / index["version"]
         for name, digest in index["sha256"].items():
@@ -138,7 +131,7 @@ def _fetch(home: Path, release: str, flavour: str, mirror: str | None, progress:
     for name, content in files.items():
         _write(folder / name, content)
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    index = {"version": version, "recipe": _recipe(), "sha256": sums}
+    index = {"version": version, "recipe": initrd.recipe(), "sha256": sums}
     _write(home / "index.json", json.dumps(index, indent=1).encode())
     return Fetched(folder / "vmlinuz", folder / "initrd", version)
 
@@ -336,15 +329,16 @@ class Mirror:
 
     def _get(self, path: str, limit: int, digest: str | None = None) -> bytes:
         """The bytes at ``path`` below the mirror: no more than ``limit``, and with that SHA-256 if one is given."""
-        import urllib.error
+        # here, because every command imports this module, and these take long
+        import http.client
         import urllib.parse
-        import urllib.request  # here, because every command imports this module, and this one takes long
+        import urllib.request
 
         url = f"{self._url}/{urllib.parse.quote(path)}"
         try:
             with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
                 data: bytes = answer.read(limit + 1)
-        except (urllib.error.URLError, OSError, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", None) or error
             raise FetchError(f"cannot download {url}: {reason}") from error
         if digest is not None and hashlib.sha256(data).hexdigest() != digest:
