@@ -12,9 +12,9 @@ __extension__ typedef __int128 int128;
 
 #define FLAG_C (UINT32_C(1) << 29)
 
-/* ---- Forms ------------------------------------------------------------------------------------------------------ */
+/* ---- Forms ------------------------------------------------------------------------------------------------------- */
 
-static const uint16_t condition_sets[16] = {
+const uint16_t condition_sets[16] = {
     0xf0f0, 0x0f0f, 0xcccc, 0x3333, 0xff00, 0x00ff, 0xaaaa, 0x5555,
     0x0c0c, 0xf3f3, 0xaa55, 0x55aa, 0x0a05, 0xf5fa, 0xffff, 0xffff,
 };
@@ -227,7 +227,7 @@ bool form_branch_bit(struct uop *u, uint32_t i) {
     return true;
 }
 
-/* ---- Arithmetic with flags ---------------------------------------------------------------------------------------- */
+/* ---- Arithmetic with flags --------------------------------------------------------------------------------------- */
 
 /* N, Z and V of each width sit in its top bit; C is worked out from the carry out of it. */
 #define DEFINE_FLAGS(width)                                                                                            \
@@ -299,7 +299,7 @@ static inline bool holds(const struct vcpu *c, const struct uop *u) { return u->
 DEFINE_ARITHMETIC(32)
 DEFINE_ARITHMETIC(64)
 
-/* ---- Logic -------------------------------------------------------------------------------------------------------- */
+/* ---- Logic ------------------------------------------------------------------------------------------------------- */
 
 #define DEFINE_LOGIC_FLAGS(name, width, value)                                                                         \
     OP(name) {                                                                                                         \
@@ -331,7 +331,7 @@ DEFINE_ARITHMETIC(64)
 DEFINE_LOGICAL(32)
 DEFINE_LOGICAL(64)
 
-/* ---- Moves, bit fields, shifts -------------------------------------------------------------------------------------- */
+/* ---- Moves, bit fields, shifts ----------------------------------------------------------------------------------- */
 
 OP(mov_imm) { RESULT(64, u->imm); }
 OP(adr) { RESULT(64, c->block_pc + u->imm); }
@@ -375,7 +375,7 @@ OP(clz64) { RESULT(64, c->x[u->rn] ? __builtin_clzll(c->x[u->rn]) : 64); }
 OP(cls32) { RESULT(32, __builtin_clz((REG(32, rn) ^ (uint32_t)((int32_t)REG(32, rn) >> 1)) << 1 | 1)); }
 OP(cls64) { RESULT(64, __builtin_clzll((c->x[u->rn] ^ (uint64_t)((int64_t)c->x[u->rn] >> 1)) << 1 | 1)); }
 
-/* ---- Multiplication, division ------------------------------------------------------------------------------------------ */
+/* ---- Multiplication, division ------------------------------------------------------------------------------------ */
 
 #define DEFINE_MULDIV(width)                                                                                           \
     OP(madd##width) { RESULT(width, REG(width, ra) + REG(width, rn) * REG(width, rm)); }                               \
@@ -400,7 +400,7 @@ OP(umsubl) { RESULT(64, c->x[u->ra] - (uint64_t)REG(32, rn) * REG(32, rm)); }
 OP(smulh) { RESULT(64, (uint64_t)(((int128)(int64_t)c->x[u->rn] * (int64_t)c->x[u->rm]) >> 64)); }
 OP(umulh) { RESULT(64, (uint64_t)(((uint128)c->x[u->rn] * c->x[u->rm]) >> 64)); }
 
-/* ---- CRC-32, four bits at a time, least significant first ---------------------------------------------------------------- */
+/* ---- CRC-32, four bits at a time, least significant first -------------------------------------------------------- */
 
 #define CRC_BIT(poly, v) ((v) >> 1 ^ ((poly) & -((v) & 1)))
 #define CRC_NIBBLE(poly, v) CRC_BIT(poly, CRC_BIT(poly, CRC_BIT(poly, CRC_BIT(poly, UINT32_C(v)))))
@@ -427,7 +427,7 @@ DEFINE_CRC(h, 2)
 DEFINE_CRC(w, 4)
 DEFINE_CRC(x, 8)
 
-/* ---- Conditions and flags -------------------------------------------------------------------------------------------------- */
+/* ---- Conditions and flags ---------------------------------------------------------------------------------------- */
 
 #define DEFINE_CONDITIONAL(width)                                                                                      \
     OP(csel##width) { RESULT(width, holds(c, u) ? c->x[u->rn] : c->x[u->rm]); }                                        \
@@ -469,7 +469,7 @@ OP(rmif) {
 DEFINE_SETF(8)
 DEFINE_SETF(16)
 
-/* ---- Branches: not taken, they fall through to what ends the block ------------------------------------------------------------ */
+/* ---- Branches: not taken, they fall through to what ends the block ----------------------------------------------- */
 
 #define BRANCH_IF(condition) return (condition) ? branch_to(c, c->block_pc + u->imm) : true
 

@@ -7,7 +7,7 @@
  */
 #include "exec_mem.h"
 
-/* ---- Forms: rd, and ra for a second register, are transferred ----------------------------------------------------- */
+/* ---- Forms: rd, and ra for a second register, are transferred ---------------------------------------------------- */
 
 static bool form_access(struct uop *u, uint32_t i, uint8_t rd, int64_t offset) {
     form_base(u, i);
@@ -50,26 +50,26 @@ bool form_store_pair(struct uop *u, uint32_t i) {
     return form_access(u, i, reg_zr(i, 0), scaled_imm7(i));
 }
 
-/* ---- One register --------------------------------------------------------------------------------------------------- */
+/* ---- One register ------------------------------------------------------------------------------------------------ */
 
 /* `type` is what memory holds; `extend` what it is extended to before the register's 64 bits. */
 #define LOAD(op, type, extend, bank, address, after)                                                                   \
-    OP(op) {                                                                                                           \
+    OP_MEM(op) {                                                                                                       \
         LOAD_BASE;                                                                                                     \
         unsigned idx = bank;                                                                                           \
         type v;                                                                                                        \
-        if (unlikely(!mem_read(c, u, address, sizeof v, idx, &v)))                                                     \
+        if (unlikely(!read_at(c, u, address, sizeof v, idx, &v, fast)))                                                \
             return false;                                                                                              \
         c->x[u->rd] = (extend)v;                                                                                       \
         after;                                                                                                         \
         return true;                                                                                                   \
     }
 #define STORE(op, type, bank, address, after)                                                                          \
-    OP(op) {                                                                                                           \
+    OP_MEM(op) {                                                                                                       \
         LOAD_BASE;                                                                                                     \
         unsigned idx = bank;                                                                                           \
         type v = (type)c->x[u->rd];                                                                                    \
-        if (unlikely(!mem_write(c, u, address, sizeof v, idx, &v)))                                                    \
+        if (unlikely(!write_at(c, u, address, sizeof v, idx, &v, fast)))                                               \
             return false;                                                                                              \
         after;                                                                                                         \
         return true;                                                                                                   \
@@ -110,10 +110,10 @@ STORES(str32, uint32_t)
 STORES(str64, uint64_t)
 
 #define LITERAL(op, type)                                                                                              \
-    OP(op) {                                                                                                           \
+    OP_MEM(op) {                                                                                                       \
         unsigned idx = c->mmu_idx;                                                                                     \
         type v;                                                                                                        \
-        if (unlikely(!mem_read(c, u, c->block_pc + u->imm, sizeof v, idx, &v)))                                        \
+        if (unlikely(!read_at(c, u, c->block_pc + u->imm, sizeof v, idx, &v, fast)))                                   \
             return false;                                                                                              \
         c->x[u->rd] = (uint64_t)v;                                                                                     \
         return true;                                                                                                   \
@@ -127,16 +127,16 @@ OP(prfm) {
     return true;
 }
 
-/* ---- Acquire and release: single registers, always aligned --------------------------------------------------------- */
+/* ---- Acquire and release: single registers, always aligned ------------------------------------------------------- */
 
 #define LOAD_ACQUIRE(op, type)                                                                                         \
-    OP(op) {                                                                                                           \
+    OP_MEM(op) {                                                                                                       \
         LOAD_BASE;                                                                                                     \
         unsigned idx = c->mmu_idx;                                                                                     \
         type v;                                                                                                        \
         if (unlikely(base & (sizeof v - 1)))                                                                           \
-            return exc_data_abort(c, u, base, DFSC_ALIGNMENT, false, false);                                           \
-        if (unlikely(!mem_read(c, u, base, sizeof v, idx, &v)))                                                        \
+            return fast ? false : exc_data_abort(c, u, base, DFSC_ALIGNMENT, false, false);                            \
+        if (unlikely(!read_at(c, u, base, sizeof v, idx, &v, fast)))                                                   \
             return false;                                                                                              \
         atomic_thread_fence(memory_order_acquire);                                                                     \
         c->x[u->rd] = v;                                                                                               \
@@ -144,14 +144,14 @@ OP(prfm) {
     }
 /* A later LDAR must not overtake an STLR (they are RCsc): hence the full fence after it. */
 #define STORE_RELEASE(op, type)                                                                                        \
-    OP(op) {                                                                                                           \
+    OP_MEM(op) {                                                                                                       \
         LOAD_BASE;                                                                                                     \
         unsigned idx = c->mmu_idx;                                                                                     \
         type v = (type)c->x[u->rd];                                                                                    \
         if (unlikely(base & (sizeof v - 1)))                                                                           \
-            return exc_data_abort(c, u, base, DFSC_ALIGNMENT, true, false);                                            \
+            return fast ? false : exc_data_abort(c, u, base, DFSC_ALIGNMENT, true, false);                             \
         atomic_thread_fence(memory_order_release);                                                                     \
-        if (unlikely(!mem_write(c, u, base, sizeof v, idx, &v)))                                                       \
+        if (unlikely(!write_at(c, u, base, sizeof v, idx, &v, fast)))                                                  \
             return false;                                                                                              \
         atomic_thread_fence(memory_order_seq_cst);                                                                     \
         return true;                                                                                                   \
@@ -165,7 +165,7 @@ STORE_RELEASE(stlr16, uint16_t)
 STORE_RELEASE(stlr32, uint32_t)
 STORE_RELEASE(stlr64, uint64_t)
 
-/* ---- Pairs -------------------------------------------------------------------------------------------------------------- */
+/* ---- Pairs ------------------------------------------------------------------------------------------------------- */
 
 bool span_read_slow(struct vcpu *c, const struct uop *u, uint64_t va, unsigned size, unsigned total, void *out) {
     for (unsigned at = 0; at < total; at += size)
@@ -191,10 +191,10 @@ bool span_write_slow(struct vcpu *c, const struct uop *u, uint64_t va, unsigned 
 
 /* Loading a register twice (CONSTRAINED UNPREDICTABLE) leaves the first one's value. */
 #define LOAD_PAIR(op, type, address, after)                                                                            \
-    OP(op) {                                                                                                           \
+    OP_MEM(op) {                                                                                                       \
         LOAD_BASE;                                                                                                     \
         type v[2];                                                                                                     \
-        if (unlikely(!span_read(c, u, address, sizeof v[0], sizeof v, v)))                                             \
+        if (unlikely(!span_read(c, u, address, sizeof v[0], sizeof v, v, fast)))                                       \
             return false;                                                                                              \
         c->x[u->ra] = (uint64_t)v[1];                                                                                  \
         c->x[u->rd] = (uint64_t)v[0];                                                                                  \
@@ -202,10 +202,10 @@ bool span_write_slow(struct vcpu *c, const struct uop *u, uint64_t va, unsigned 
         return true;                                                                                                   \
     }
 #define STORE_PAIR(op, type, address, after)                                                                           \
-    OP(op) {                                                                                                           \
+    OP_MEM(op) {                                                                                                       \
         LOAD_BASE;                                                                                                     \
         type v[2] = {(type)c->x[u->rd], (type)c->x[u->ra]};                                                            \
-        if (unlikely(!span_write(c, u, address, sizeof v[0], sizeof v, v)))                                            \
+        if (unlikely(!span_write(c, u, address, sizeof v[0], sizeof v, v, fast)))                                      \
             return false;                                                                                              \
         after;                                                                                                         \
         return true;                                                                                                   \

@@ -4,7 +4,7 @@
  */
 #include "exec_mem.h"
 
-/* ---- Forms: rd, and ra for the second of a pair, index v[] ----------------------------------------------------------------- */
+/* ---- Forms: rd, and ra for the second of a pair, index v[] ------------------------------------------------------- */
 
 static bool form_simd_access(struct uop *u, uint32_t i, uint64_t offset) {
     form_base(u, i);
@@ -34,24 +34,26 @@ bool form_simd_pair(struct uop *u, uint32_t i) {
     return form_simd_access(u, i, (uint64_t)sbits(i, 15, 7) << (2 + bits(i, 30, 2)));
 }
 
-/* ---- One register, and two --------------------------------------------------------------------------------------------------- */
+/* ---- One register, and two --------------------------------------------------------------------------------------- */
 
 #define LOAD_V(op, size, address, after)                                                                               \
-    OP_FP(op) {                                                                                                        \
+    OP_MEM(op) {                                                                                                       \
+        CHECK_FP;                                                                                                      \
         LOAD_BASE;                                                                                                     \
         unsigned idx = c->mmu_idx;                                                                                     \
         vreg v = {{0}};                                                                                                \
-        if (unlikely(!mem_read(c, u, address, size, idx, v.b)))                                                        \
+        if (unlikely(!read_at(c, u, address, size, idx, v.b, fast)))                                                   \
             return false;                                                                                              \
         c->v[u->rd] = v;                                                                                               \
         after;                                                                                                         \
         return true;                                                                                                   \
     }
 #define STORE_V(op, size, address, after)                                                                              \
-    OP_FP(op) {                                                                                                        \
+    OP_MEM(op) {                                                                                                       \
+        CHECK_FP;                                                                                                      \
         LOAD_BASE;                                                                                                     \
         unsigned idx = c->mmu_idx;                                                                                     \
-        if (unlikely(!mem_write(c, u, address, size, idx, c->v[u->rd].b)))                                             \
+        if (unlikely(!write_at(c, u, address, size, idx, c->v[u->rd].b, fast)))                                        \
             return false;                                                                                              \
         after;                                                                                                         \
         return true;                                                                                                   \
@@ -72,10 +74,11 @@ ACCESSES_V(STORE_V, str_d, 8)
 ACCESSES_V(STORE_V, str_q, 16)
 
 #define LITERAL_V(op, size)                                                                                            \
-    OP_FP(op) {                                                                                                        \
+    OP_MEM(op) {                                                                                                       \
+        CHECK_FP;                                                                                                      \
         unsigned idx = c->mmu_idx;                                                                                     \
         vreg v = {{0}};                                                                                                \
-        if (unlikely(!mem_read(c, u, c->block_pc + u->imm, size, idx, v.b)))                                           \
+        if (unlikely(!read_at(c, u, c->block_pc + u->imm, size, idx, v.b, fast)))                                      \
             return false;                                                                                              \
         c->v[u->rd] = v;                                                                                               \
         return true;                                                                                                   \
@@ -85,10 +88,11 @@ LITERAL_V(ldr_d_literal, 8)
 LITERAL_V(ldr_q_literal, 16)
 
 #define LOAD_PAIR_V(op, size, address, after)                                                                          \
-    OP_FP(op) {                                                                                                        \
+    OP_MEM(op) {                                                                                                       \
+        CHECK_FP;                                                                                                      \
         LOAD_BASE;                                                                                                     \
         uint8_t bytes[2 * (size)];                                                                                     \
-        if (unlikely(!span_read(c, u, address, size, sizeof bytes, bytes)))                                            \
+        if (unlikely(!span_read(c, u, address, size, sizeof bytes, bytes, fast)))                                      \
             return false;                                                                                              \
         vreg first = {{0}}, second = {{0}};                                                                            \
         memcpy(first.b, bytes, size);                                                                                  \
@@ -99,12 +103,13 @@ LITERAL_V(ldr_q_literal, 16)
         return true;                                                                                                   \
     }
 #define STORE_PAIR_V(op, size, address, after)                                                                         \
-    OP_FP(op) {                                                                                                        \
+    OP_MEM(op) {                                                                                                       \
+        CHECK_FP;                                                                                                      \
         LOAD_BASE;                                                                                                     \
         uint8_t bytes[2 * (size)];                                                                                     \
         memcpy(bytes, c->v[u->rd].b, size);                                                                            \
         memcpy(bytes + (size), c->v[u->ra].b, size);                                                                   \
-        if (unlikely(!span_write(c, u, address, size, sizeof bytes, bytes)))                                           \
+        if (unlikely(!span_write(c, u, address, size, sizeof bytes, bytes, fast)))                                     \
             return false;                                                                                              \
         after;                                                                                                         \
         return true;                                                                                                   \
@@ -119,7 +124,7 @@ PAIRS_V(STORE_PAIR_V, stp_s, 4)
 PAIRS_V(STORE_PAIR_V, stp_d, 8)
 PAIRS_V(STORE_PAIR_V, stp_q, 16)
 
-/* ---- Structures: LD1-LD4, ST1-ST4, LD1R-LD4R ------------------------------------------------------------------------------------ */
+/* ---- Structures: LD1-LD4, ST1-ST4, LD1R-LD4R --------------------------------------------------------------------- */
 
 /*
  * ra holds how many registers (1..4), log2 of the element size, Q. The base register always gets base + step + x[rm]:
@@ -181,15 +186,16 @@ bool form_replicate(struct uop *u, uint32_t i) {
 
 #define REGISTER(k) c->v[(u->rd + (k)) & 31]
 
-OP_FP(ld1_multiple) {
+OP_MEM(ld1_multiple) {
+    CHECK_FP;
     LOAD_BASE;
     vreg v[4] = {{{0}}};
     if (WIDE) {
-        if (unlikely(!span_read(c, u, base, 1u << SCALE, COUNT * 16, v)))
+        if (unlikely(!span_read(c, u, base, 1u << SCALE, COUNT * 16, v, fast)))
             return false;
     } else {
         uint64_t halves[4];
-        if (unlikely(!span_read(c, u, base, 1u << SCALE, COUNT * 8, halves)))
+        if (unlikely(!span_read(c, u, base, 1u << SCALE, COUNT * 8, halves, fast)))
             return false;
         for (unsigned k = 0; k < COUNT; k++)
             v[k].d[0] = halves[k];
@@ -200,24 +206,26 @@ OP_FP(ld1_multiple) {
     return true;
 }
 
-OP_FP(st1_multiple) {
+OP_MEM(st1_multiple) {
+    CHECK_FP;
     LOAD_BASE;
     unsigned bytes = WIDE ? 16 : 8;
     uint8_t data[64];
     for (unsigned k = 0; k < COUNT; k++)
         memcpy(data + k * bytes, REGISTER(k).b, bytes);
-    if (unlikely(!span_write(c, u, base, 1u << SCALE, COUNT * bytes, data)))
+    if (unlikely(!span_write(c, u, base, 1u << SCALE, COUNT * bytes, data, fast)))
         return false;
     STRUCTURE_WRITEBACK;
     return true;
 }
 
-OP_FP(ld_interleaved) {
+OP_MEM(ld_interleaved) {
+    CHECK_FP;
     LOAD_BASE;
     unsigned size = 1u << SCALE, bytes = WIDE ? 16 : 8;
     uint8_t data[64];
     vreg v[4] = {{{0}}};
-    if (unlikely(!span_read(c, u, base, size, COUNT * bytes, data)))
+    if (unlikely(!span_read(c, u, base, size, COUNT * bytes, data, fast)))
         return false;
     const uint8_t *from = data;
     for (unsigned at = 0; at < bytes; at += size)
@@ -229,24 +237,26 @@ OP_FP(ld_interleaved) {
     return true;
 }
 
-OP_FP(st_interleaved) {
+OP_MEM(st_interleaved) {
+    CHECK_FP;
     LOAD_BASE;
     unsigned size = 1u << SCALE, bytes = WIDE ? 16 : 8;
     uint8_t data[64], *to = data;
     for (unsigned at = 0; at < bytes; at += size)
         for (unsigned k = 0; k < COUNT; k++, to += size)
             memcpy(to, REGISTER(k).b + at, size);
-    if (unlikely(!span_write(c, u, base, size, COUNT * bytes, data)))
+    if (unlikely(!span_write(c, u, base, size, COUNT * bytes, data, fast)))
         return false;
     STRUCTURE_WRITEBACK;
     return true;
 }
 
-OP_FP(ld_lane) {
+OP_MEM(ld_lane) {
+    CHECK_FP;
     LOAD_BASE;
     unsigned size = 1u << SCALE;
     uint8_t data[32];
-    if (unlikely(!span_read(c, u, base, size, COUNT << SCALE, data)))
+    if (unlikely(!span_read(c, u, base, size, COUNT << SCALE, data, fast)))
         return false;
     for (unsigned k = 0; k < COUNT; k++)
         memcpy(REGISTER(k).b + (LANE << SCALE), data + (k << SCALE), size);
@@ -254,23 +264,25 @@ OP_FP(ld_lane) {
     return true;
 }
 
-OP_FP(st_lane) {
+OP_MEM(st_lane) {
+    CHECK_FP;
     LOAD_BASE;
     unsigned size = 1u << SCALE;
     uint8_t data[32];
     for (unsigned k = 0; k < COUNT; k++)
         memcpy(data + (k << SCALE), REGISTER(k).b + (LANE << SCALE), size);
-    if (unlikely(!span_write(c, u, base, size, COUNT << SCALE, data)))
+    if (unlikely(!span_write(c, u, base, size, COUNT << SCALE, data, fast)))
         return false;
     STRUCTURE_WRITEBACK;
     return true;
 }
 
-OP_FP(ld_replicate) {
+OP_MEM(ld_replicate) {
+    CHECK_FP;
     LOAD_BASE;
     unsigned size = 1u << SCALE, bytes = WIDE ? 16 : 8;
     uint8_t data[32];
-    if (unlikely(!span_read(c, u, base, size, COUNT << SCALE, data)))
+    if (unlikely(!span_read(c, u, base, size, COUNT << SCALE, data, fast)))
         return false;
     for (unsigned k = 0; k < COUNT; k++) {
         vreg v = {{0}};
