@@ -50,29 +50,25 @@ CORE uint64_t exponent_field(const struct format *f, uint64_t a) { return a >> f
 CORE bool sign_of(const struct format *f, uint64_t a) { return a >> (f->size - 1) & 1; }
 CORE uint64_t quiet_bit(const struct format *f) { return 1ull << (f->fraction - 1); }
 
-CORE uint64_t build(const struct format *f, bool sign, uint64_t exponent, uint64_t fraction)
-{
+CORE uint64_t build(const struct format *f, bool sign, uint64_t exponent, uint64_t fraction) {
     return (uint64_t)sign << (f->size - 1) | exponent << f->fraction | fraction;
 }
 
 CORE uint64_t zero(const struct format *f, bool sign) { return build(f, sign, 0, 0); }
 CORE uint64_t infinity(const struct format *f, bool sign) { return build(f, sign, exponent_ones(f), 0); }
-CORE uint64_t max_normal(const struct format *f, bool sign)
-{
+CORE uint64_t max_normal(const struct format *f, bool sign) {
     return build(f, sign, exponent_ones(f) - 1, fraction_mask(f));
 }
 CORE uint64_t default_nan(const struct format *f) { return build(f, false, exponent_ones(f), quiet_bit(f)); }
 CORE uint64_t two(const struct format *f, bool sign) { return build(f, sign, (uint64_t)f->bias + 1, 0); }
 
-CORE uint64_t invalid(struct fpu *fp, const struct format *f)
-{
+CORE uint64_t invalid(struct fpu *fp, const struct format *f) {
     raise_flag(fp, FPSR_IOC);
     return default_nan(f);
 }
 
 /* FPUnpackBase. Half precision exists only as a source of conversions, which do not flush it (FPUnpackCV). */
-CORE struct number unpack(struct fpu *fp, const struct format *f, uint64_t a)
-{
+CORE struct number unpack(struct fpu *fp, const struct format *f, uint64_t a) {
     uint64_t fraction = a & fraction_mask(f), exponent = exponent_field(f, a);
     struct number n = {ZERO, sign_of(f, a), EXPONENT_OF_ZERO, 0};
 
@@ -102,8 +98,7 @@ CORE bool is_nan(struct number n) { return n.kind >= QUIET; }
 /* ---- NaNs -------------------------------------------------------------------------------------------------------- */
 
 /* FPProcessNaN */
-CORE uint64_t propagate(struct fpu *fp, const struct format *f, struct number n, uint64_t a)
-{
+CORE uint64_t propagate(struct fpu *fp, const struct format *f, struct number n, uint64_t a) {
     if (n.kind == SIGNALLING)
         raise_flag(fp, FPSR_IOC);
     return fp->fpcr & FPCR_DN ? default_nan(f) : a | quiet_bit(f);
@@ -111,8 +106,7 @@ CORE uint64_t propagate(struct fpu *fp, const struct format *f, struct number n,
 
 /* FPProcessNaNs: signalling before quiet, then in operand order. */
 CORE bool propagate2(struct fpu *fp, const struct format *f, struct number na, uint64_t a, struct number nb, uint64_t b,
-                     uint64_t *result)
-{
+                     uint64_t *result) {
     if (na.kind == SIGNALLING || (na.kind == QUIET && nb.kind != SIGNALLING))
         *result = propagate(fp, f, na, a);
     else if (is_nan(nb))
@@ -124,15 +118,13 @@ CORE bool propagate2(struct fpu *fp, const struct format *f, struct number na, u
 
 /* ---- rounding ---------------------------------------------------------------------------------------------------- */
 
-CORE int leading_zeros(u128 v)
-{
+CORE int leading_zeros(u128 v) {
     uint64_t high = (uint64_t)(v >> 64);
     return high ? __builtin_clzll(high) : 64 + __builtin_clzll((uint64_t)v);
 }
 
 /* The integer part of v / 2^shift (shift > 0, v's top bit set) and what was dropped. */
-CORE u128 shift_out(u128 v, int shift, enum dropped *dropped)
-{
+CORE u128 shift_out(u128 v, int shift, enum dropped *dropped) {
     if (shift > 128) {
         *dropped = BELOW_HALF;
         return 0;
@@ -142,8 +134,7 @@ CORE u128 shift_out(u128 v, int shift, enum dropped *dropped)
     return shift == 128 ? 0 : v >> shift;
 }
 
-CORE bool rounds_up(enum fp_rounding mode, bool sign, bool odd, enum dropped dropped)
-{
+CORE bool rounds_up(enum fp_rounding mode, bool sign, bool odd, enum dropped dropped) {
     switch (mode) {
     case ROUND_TIEEVEN: return dropped == ABOVE_HALF || (dropped == HALF && odd);
     case ROUND_TIEAWAY: return dropped >= HALF;
@@ -155,14 +146,12 @@ CORE bool rounds_up(enum fp_rounding mode, bool sign, bool odd, enum dropped dro
     return false;
 }
 
-CORE bool overflows_to_infinity(enum fp_rounding mode, bool sign)
-{
+CORE bool overflows_to_infinity(enum fp_rounding mode, bool sign) {
     return mode == ROUND_TIEEVEN || (mode == ROUND_POSINF && !sign) || (mode == ROUND_NEGINF && sign);
 }
 
 /* FPRoundBase; FPRoundCV where the format is half precision. The value must not be zero. */
-CORE uint64_t round_to(struct fpu *fp, const struct format *f, struct wide w, enum fp_rounding mode)
-{
+CORE uint64_t round_to(struct fpu *fp, const struct format *f, struct wide w, enum fp_rounding mode) {
     int zeros = leading_zeros(w.significand), exponent = w.exponent - zeros, min_exponent = 1 - f->bias;
     int shift = 127 - f->fraction, biased = exponent - min_exponent + 1;
     bool alternative = f->size == 16 && (fp->fpcr & FPCR_AHP);
@@ -210,15 +199,13 @@ CORE uint64_t round_to(struct fpu *fp, const struct format *f, struct wide w, en
 CORE struct wide widen(struct number n) { return (struct wide){n.sign, n.exponent + 1, (u128)n.significand << 63}; }
 
 /* The bit shifted out is zero: no format has more than 53 significant bits. */
-CORE struct wide product_of(struct number a, struct number b)
-{
+CORE struct wide product_of(struct number a, struct number b) {
     return (struct wide){a.sign != b.sign, a.exponent + b.exponent + 2, (u128)a.significand * b.significand >> 1};
 }
 
 /* Bits lost in alignment stay as a sticky bit: they are lost only when the larger operand, at most 106 bits wide, has
  * zeros in those places, so that neither the sum nor the difference can be mistaken for an exact one. */
-CORE struct wide sum_of(struct wide a, struct wide b)
-{
+CORE struct wide sum_of(struct wide a, struct wide b) {
     if (a.exponent < b.exponent) {
         struct wide swap = a;
         a = b;
@@ -238,15 +225,13 @@ CORE struct wide sum_of(struct wide a, struct wide b)
     return a;
 }
 
-CORE uint64_t round_sum(struct fpu *fp, const struct format *f, struct wide w)
-{
+CORE uint64_t round_sum(struct fpu *fp, const struct format *f, struct wide w) {
     enum fp_rounding mode = fp_rounding_mode(fp);
     return w.significand ? round_to(fp, f, w, mode) : zero(f, mode == ROUND_NEGINF);
 }
 
 /* FPAdd, FPSub */
-CORE uint64_t add(struct fpu *fp, const struct format *f, uint64_t a, uint64_t b, bool negate)
-{
+CORE uint64_t add(struct fpu *fp, const struct format *f, uint64_t a, uint64_t b, bool negate) {
     struct number x = unpack(fp, f, a), y = unpack(fp, f, b);
     uint64_t nan;
     if (propagate2(fp, f, x, a, y, b, &nan))
@@ -261,14 +246,12 @@ CORE uint64_t add(struct fpu *fp, const struct format *f, uint64_t a, uint64_t b
     return round_sum(fp, f, sum_of(widen(x), widen(y)));
 }
 
-CORE bool zero_times_infinity(struct number x, struct number y)
-{
+CORE bool zero_times_infinity(struct number x, struct number y) {
     return (x.kind == ZERO && y.kind == INFINITE) || (x.kind == INFINITE && y.kind == ZERO);
 }
 
 /* FPMul, FPMulX */
-CORE uint64_t mul(struct fpu *fp, const struct format *f, uint64_t a, uint64_t b, bool extended)
-{
+CORE uint64_t mul(struct fpu *fp, const struct format *f, uint64_t a, uint64_t b, bool extended) {
     struct number x = unpack(fp, f, a), y = unpack(fp, f, b);
     bool sign = x.sign != y.sign;
     uint64_t nan;
@@ -284,8 +267,7 @@ CORE uint64_t mul(struct fpu *fp, const struct format *f, uint64_t a, uint64_t b
 }
 
 /* FPDiv */
-CORE uint64_t divide(struct fpu *fp, const struct format *f, uint64_t a, uint64_t b)
-{
+CORE uint64_t divide(struct fpu *fp, const struct format *f, uint64_t a, uint64_t b) {
     struct number x = unpack(fp, f, a), y = unpack(fp, f, b);
     bool sign = x.sign != y.sign;
     uint64_t nan;
@@ -306,8 +288,7 @@ CORE uint64_t divide(struct fpu *fp, const struct format *f, uint64_t a, uint64_
 }
 
 /* The root of a value whose top bit is 126 or 127, digit by digit. */
-CORE uint64_t integer_root(u128 value, bool *inexact)
-{
+CORE uint64_t integer_root(u128 value, bool *inexact) {
     u128 root = 0;
     for (u128 bit = (u128)1 << 126; bit; bit >>= 2) {
         if (value >= root + bit) {
@@ -322,8 +303,7 @@ CORE uint64_t integer_root(u128 value, bool *inexact)
 }
 
 /* FPSqrt */
-CORE uint64_t square_root(struct fpu *fp, const struct format *f, uint64_t a)
-{
+CORE uint64_t square_root(struct fpu *fp, const struct format *f, uint64_t a) {
     struct number x = unpack(fp, f, a);
     if (is_nan(x))
         return propagate(fp, f, x, a);
@@ -341,8 +321,7 @@ CORE uint64_t square_root(struct fpu *fp, const struct format *f, uint64_t a)
 }
 
 /* FPMulAdd */
-CORE uint64_t muladd(struct fpu *fp, const struct format *f, uint64_t addend, uint64_t a, uint64_t b)
-{
+CORE uint64_t muladd(struct fpu *fp, const struct format *f, uint64_t addend, uint64_t a, uint64_t b) {
     struct number z = unpack(fp, f, addend), x = unpack(fp, f, a), y = unpack(fp, f, b);
     bool sign = x.sign != y.sign;
 
@@ -368,8 +347,7 @@ CORE uint64_t muladd(struct fpu *fp, const struct format *f, uint64_t addend, ui
 }
 
 /* FPRecipStepFused: 2 - a*b; FPRSqrtStepFused: (3 - a*b) / 2. */
-CORE uint64_t step(struct fpu *fp, const struct format *f, uint64_t a, uint64_t b, bool root)
-{
+CORE uint64_t step(struct fpu *fp, const struct format *f, uint64_t a, uint64_t b, bool root) {
     a ^= 1ull << (f->size - 1);
     struct number x = unpack(fp, f, a), y = unpack(fp, f, b);
     uint64_t nan;
@@ -388,8 +366,7 @@ CORE uint64_t step(struct fpu *fp, const struct format *f, uint64_t a, uint64_t 
 /* ---- comparison -------------------------------------------------------------------------------------------------- */
 
 /* The sign of x - y, neither being a NaN. */
-CORE int order(struct number x, struct number y)
-{
+CORE int order(struct number x, struct number y) {
     if (x.kind == ZERO && y.kind == ZERO)
         return 0;
     if (x.kind == ZERO)
@@ -407,8 +384,7 @@ CORE int order(struct number x, struct number y)
 }
 
 /* FPCompare */
-CORE unsigned compare(struct fpu *fp, const struct format *f, uint64_t a, uint64_t b, bool signal_nans)
-{
+CORE unsigned compare(struct fpu *fp, const struct format *f, uint64_t a, uint64_t b, bool signal_nans) {
     struct number x = unpack(fp, f, a), y = unpack(fp, f, b);
     if (is_nan(x) || is_nan(y)) {
         if (signal_nans || x.kind == SIGNALLING || y.kind == SIGNALLING)
@@ -420,8 +396,7 @@ CORE unsigned compare(struct fpu *fp, const struct format *f, uint64_t a, uint64
 }
 
 /* FPMax, FPMin, and with `number` FPMaxNum, FPMinNum: there a quiet NaN loses against a number. */
-CORE uint64_t extremum(struct fpu *fp, const struct format *f, uint64_t a, uint64_t b, bool max, bool number)
-{
+CORE uint64_t extremum(struct fpu *fp, const struct format *f, uint64_t a, uint64_t b, bool max, bool number) {
     struct number x = unpack(fp, f, a), y = unpack(fp, f, b);
     if (number && x.kind == QUIET && y.kind != QUIET) {
         a = infinity(f, max);
@@ -443,15 +418,13 @@ CORE uint64_t extremum(struct fpu *fp, const struct format *f, uint64_t a, uint6
 /* ---- estimates --------------------------------------------------------------------------------------------------- */
 
 /* RecipEstimate: 256 <= a < 512, nine bits in, nine bits out. */
-static unsigned reciprocal_estimate(unsigned a)
-{
+static unsigned reciprocal_estimate(unsigned a) {
     unsigned quotient = (1u << 19) / (2 * a + 1);
     return (quotient + 1) / 2;
 }
 
 /* RecipSqrtEstimate: 128 <= a < 512. */
-static unsigned root_estimate(unsigned a)
-{
+static unsigned root_estimate(unsigned a) {
     a = a < 256 ? 2 * a + 1 : ((a & ~1u) + 1) * 2;
     unsigned b = 512;
     while (a * (b + 1) * (b + 1) < 1u << 28)
@@ -463,8 +436,7 @@ uint32_t fpu_urecpe(uint32_t a) { return a >> 31 ? reciprocal_estimate(a >> 23) 
 uint32_t fpu_ursqrte(uint32_t a) { return a >> 30 ? root_estimate(a >> 23) << 23 : UINT32_MAX; }
 
 /* FPRecipEstimate. The result's biased exponent reaches -1, where it is denormal. */
-CORE uint64_t recip_estimate(struct fpu *fp, const struct format *f, uint64_t a)
-{
+CORE uint64_t recip_estimate(struct fpu *fp, const struct format *f, uint64_t a) {
     struct number x = unpack(fp, f, a);
     if (is_nan(x))
         return propagate(fp, f, x, a);
@@ -493,8 +465,7 @@ CORE uint64_t recip_estimate(struct fpu *fp, const struct format *f, uint64_t a)
 }
 
 /* FPRSqrtEstimate */
-CORE uint64_t rsqrt_estimate(struct fpu *fp, const struct format *f, uint64_t a)
-{
+CORE uint64_t rsqrt_estimate(struct fpu *fp, const struct format *f, uint64_t a) {
     struct number x = unpack(fp, f, a);
     if (is_nan(x))
         return propagate(fp, f, x, a);
@@ -514,8 +485,7 @@ CORE uint64_t rsqrt_estimate(struct fpu *fp, const struct format *f, uint64_t a)
 }
 
 /* FPRecpX */
-CORE uint64_t recip_exponent(struct fpu *fp, const struct format *f, uint64_t a)
-{
+CORE uint64_t recip_exponent(struct fpu *fp, const struct format *f, uint64_t a) {
     struct number x = unpack(fp, f, a);
     if (is_nan(x))
         return propagate(fp, f, x, a);
@@ -526,16 +496,14 @@ CORE uint64_t recip_exponent(struct fpu *fp, const struct format *f, uint64_t a)
 /* ---- integers ---------------------------------------------------------------------------------------------------- */
 
 /* |x| * 2^scale rounded to an integer; the caller has excluded results of 2^64 and above. */
-CORE uint64_t to_integer(struct number x, int scale, enum fp_rounding mode, enum dropped *dropped)
-{
+CORE uint64_t to_integer(struct number x, int scale, enum fp_rounding mode, enum dropped *dropped) {
     uint64_t integer = (uint64_t)shift_out((u128)x.significand << 64, 127 - x.exponent - scale, dropped);
     return integer + rounds_up(mode, x.sign, integer & 1, *dropped);
 }
 
 /* FPToFixed */
 CORE uint64_t to_fixed(struct fpu *fp, const struct format *f, uint64_t a, int fbits, bool is_signed, int width,
-                       enum fp_rounding mode)
-{
+                       enum fp_rounding mode) {
     struct number x = unpack(fp, f, a);
     uint64_t ones = width == 64 ? UINT64_MAX : UINT32_MAX, sign_bit = 1ull << (width - 1);
     if (x.kind == ZERO)
@@ -558,8 +526,7 @@ CORE uint64_t to_fixed(struct fpu *fp, const struct format *f, uint64_t a, int f
 }
 
 /* FixedToFP */
-CORE uint64_t from_fixed(struct fpu *fp, const struct format *f, uint64_t value, bool is_signed, int fbits)
-{
+CORE uint64_t from_fixed(struct fpu *fp, const struct format *f, uint64_t value, bool is_signed, int fbits) {
     bool sign = is_signed && value >> 63;
     if (!value)
         return zero(f, false);
@@ -568,8 +535,7 @@ CORE uint64_t from_fixed(struct fpu *fp, const struct format *f, uint64_t value,
 }
 
 /* FPRoundInt */
-CORE uint64_t round_integral(struct fpu *fp, const struct format *f, uint64_t a, enum fp_rounding mode, bool exact)
-{
+CORE uint64_t round_integral(struct fpu *fp, const struct format *f, uint64_t a, enum fp_rounding mode, bool exact) {
     struct number x = unpack(fp, f, a);
     if (is_nan(x))
         return propagate(fp, f, x, a);
@@ -588,8 +554,7 @@ CORE uint64_t round_integral(struct fpu *fp, const struct format *f, uint64_t a,
 
 /* FPConvert */
 CORE uint64_t convert(struct fpu *fp, const struct format *from, const struct format *to, uint64_t a,
-                      enum fp_rounding mode)
-{
+                      enum fp_rounding mode) {
     struct number x = unpack(fp, from, a);
     bool alternative = to->size == 16 && (fp->fpcr & FPCR_AHP);
 
@@ -612,38 +577,31 @@ CORE uint64_t convert(struct fpu *fp, const struct format *from, const struct fo
     return x.kind == ZERO ? zero(to, x.sign) : round_to(fp, to, widen(x), mode);
 }
 
-uint16_t fp32_to_fp16(struct fpu *fp, uint32_t a)
-{
+uint16_t fp32_to_fp16(struct fpu *fp, uint32_t a) {
     return (uint16_t)convert(fp, &format32, &format16, a, fp_rounding_mode(fp));
 }
 
-uint16_t fp64_to_fp16(struct fpu *fp, uint64_t a)
-{
+uint16_t fp64_to_fp16(struct fpu *fp, uint64_t a) {
     return (uint16_t)convert(fp, &format64, &format16, a, fp_rounding_mode(fp));
 }
 
-uint32_t fp16_to_fp32(struct fpu *fp, uint16_t a)
-{
+uint32_t fp16_to_fp32(struct fpu *fp, uint16_t a) {
     return (uint32_t)convert(fp, &format16, &format32, a, fp_rounding_mode(fp));
 }
 
-uint64_t fp16_to_fp64(struct fpu *fp, uint16_t a)
-{
+uint64_t fp16_to_fp64(struct fpu *fp, uint16_t a) {
     return convert(fp, &format16, &format64, a, fp_rounding_mode(fp));
 }
 
-uint64_t fp32_to_fp64_exact(struct fpu *fp, uint32_t a)
-{
+uint64_t fp32_to_fp64_exact(struct fpu *fp, uint32_t a) {
     return convert(fp, &format32, &format64, a, fp_rounding_mode(fp));
 }
 
-uint32_t fp64_to_fp32_exact(struct fpu *fp, uint64_t a)
-{
+uint32_t fp64_to_fp32_exact(struct fpu *fp, uint64_t a) {
     return (uint32_t)convert(fp, &format64, &format32, a, fp_rounding_mode(fp));
 }
 
-uint32_t fp64_to_fp32_odd(struct fpu *fp, uint64_t a)
-{
+uint32_t fp64_to_fp32_odd(struct fpu *fp, uint64_t a) {
     return (uint32_t)convert(fp, &format64, &format32, a, ROUND_ODD);
 }
 
@@ -674,11 +632,11 @@ uint32_t fp64_to_fp32_odd(struct fpu *fp, uint64_t a)
     {                                                                                                                  \
         return (T)round_integral(fp, &format##N, a, mode, exact);                                                      \
     }                                                                                                                  \
-    uint64_t fp##N##_to_int(struct fpu *fp, T a, int fbits, bool is_signed, int width, enum fp_rounding mode)          \
+    uint64_t fp##N##_to_int_exact(struct fpu *fp, T a, int fbits, bool is_signed, int width, enum fp_rounding mode)    \
     {                                                                                                                  \
         return to_fixed(fp, &format##N, a, fbits, is_signed, width, mode);                                             \
     }                                                                                                                  \
-    T fp##N##_from_int(struct fpu *fp, uint64_t value, bool is_signed, int fbits)                                      \
+    T fp##N##_from_int_exact(struct fpu *fp, uint64_t value, bool is_signed, int fbits)                                \
     {                                                                                                                  \
         return (T)from_fixed(fp, &format##N, value, is_signed, fbits);                                                 \
     }

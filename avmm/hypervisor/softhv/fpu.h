@@ -42,8 +42,7 @@ enum fp_rounding { ROUND_TIEEVEN, ROUND_POSINF, ROUND_NEGINF, ROUND_ZERO, ROUND_
 /* What a comparison yields: PSTATE.NZCV as a 4-bit field, N in bit 3. */
 enum { FP_LESS = 8, FP_EQUAL = 6, FP_GREATER = 2, FP_UNORDERED = 3 };
 
-static inline enum fp_rounding fp_rounding_mode(const struct fpu *fp)
-{
+static inline enum fp_rounding fp_rounding_mode(const struct fpu *fp) {
     return (enum fp_rounding)((fp->fpcr & FPCR_RMODE) >> FPCR_RMODE_SHIFT);
 }
 
@@ -68,10 +67,10 @@ static inline enum fp_rounding fp_rounding_mode(const struct fpu *fp)
     uint##N##_t fp##N##_recpx(struct fpu *fp, uint##N##_t a);                                                          \
     uint##N##_t fp##N##_round_int(struct fpu *fp, uint##N##_t a, enum fp_rounding mode, bool exact);                   \
     /* The value times 2^fbits as an integer of `width` bits (32 or 64), saturating, zero-extended. */                 \
-    uint64_t fp##N##_to_int(struct fpu *fp, uint##N##_t a, int fbits, bool is_signed, int width,                       \
-                            enum fp_rounding mode);                                                                    \
+    uint64_t fp##N##_to_int_exact(struct fpu *fp, uint##N##_t a, int fbits, bool is_signed, int width,                 \
+                                  enum fp_rounding mode);                                                              \
     /* value / 2^fbits, rounded by FPCR; a narrower source is extended by the caller. */                               \
-    uint##N##_t fp##N##_from_int(struct fpu *fp, uint64_t value, bool is_signed, int fbits);
+    uint##N##_t fp##N##_from_int_exact(struct fpu *fp, uint64_t value, bool is_signed, int fbits);
 
 FPU_DECLARE(32)
 FPU_DECLARE(64)
@@ -110,14 +109,12 @@ static inline bool fp32_clear(uint32_t r) { return (uint32_t)(r << 1) - 0x010000
 static inline bool fp64_provable(double r) { return fabs(r) > 0x1p-900; }
 
 /* Knuth's two-sum: the rounding error of r = a + b is itself a floating-point number. An overflow inside fails safe. */
-static inline bool fp64_sum_exact(double a, double b, double r)
-{
+static inline bool fp64_sum_exact(double a, double b, double r) {
     double part = r - a;
     return (a - (r - part)) + (b - part) == 0.0;
 }
 
-static inline bool fp32_sum_exact(float a, float b, float r)
-{
+static inline bool fp32_sum_exact(float a, float b, float r) {
     float part = r - a;
     return (a - (r - part)) + (b - part) == 0.0f;
 }
@@ -125,56 +122,49 @@ static inline bool fp32_sum_exact(float a, float b, float r)
 static inline bool fp64_product_exact(double a, double b, double r) { return fp64_provable(r) && fma(a, b, -r) == 0.0; }
 
 /* A sum below the normal range is always exact, so only NaN and infinity leave the fast path. */
-static inline uint64_t fp64_add(struct fpu *fp, uint64_t a, uint64_t b)
-{
+static inline uint64_t fp64_add(struct fpu *fp, uint64_t a, uint64_t b) {
     double x = fp64_host(a), y = fp64_host(b), r = x + y;
     if (fpu_host_mode(fp) && fp64_finite(fp64_bits(r)) && (fpu_inexact_seen(fp) || fp64_sum_exact(x, y, r)))
         return fp64_bits(r);
     return fp64_add_exact(fp, a, b);
 }
 
-static inline uint32_t fp32_add(struct fpu *fp, uint32_t a, uint32_t b)
-{
+static inline uint32_t fp32_add(struct fpu *fp, uint32_t a, uint32_t b) {
     float x = fp32_host(a), y = fp32_host(b), r = x + y;
     if (fpu_host_mode(fp) && fp32_finite(fp32_bits(r)) && (fpu_inexact_seen(fp) || fp32_sum_exact(x, y, r)))
         return fp32_bits(r);
     return fp32_add_exact(fp, a, b);
 }
 
-static inline uint64_t fp64_sub(struct fpu *fp, uint64_t a, uint64_t b)
-{
+static inline uint64_t fp64_sub(struct fpu *fp, uint64_t a, uint64_t b) {
     double x = fp64_host(a), y = fp64_host(b), r = x - y;
     if (fpu_host_mode(fp) && fp64_finite(fp64_bits(r)) && (fpu_inexact_seen(fp) || fp64_sum_exact(x, -y, r)))
         return fp64_bits(r);
     return fp64_sub_exact(fp, a, b);
 }
 
-static inline uint32_t fp32_sub(struct fpu *fp, uint32_t a, uint32_t b)
-{
+static inline uint32_t fp32_sub(struct fpu *fp, uint32_t a, uint32_t b) {
     float x = fp32_host(a), y = fp32_host(b), r = x - y;
     if (fpu_host_mode(fp) && fp32_finite(fp32_bits(r)) && (fpu_inexact_seen(fp) || fp32_sum_exact(x, -y, r)))
         return fp32_bits(r);
     return fp32_sub_exact(fp, a, b);
 }
 
-static inline uint64_t fp64_mul(struct fpu *fp, uint64_t a, uint64_t b)
-{
+static inline uint64_t fp64_mul(struct fpu *fp, uint64_t a, uint64_t b) {
     double x = fp64_host(a), y = fp64_host(b), r = x * y;
     if (fpu_host_mode(fp) && fp64_clear(fp64_bits(r)) && (fpu_inexact_seen(fp) || fp64_product_exact(x, y, r)))
         return fp64_bits(r);
     return fp64_mul_exact(fp, a, b);
 }
 
-static inline uint32_t fp32_mul(struct fpu *fp, uint32_t a, uint32_t b)
-{
+static inline uint32_t fp32_mul(struct fpu *fp, uint32_t a, uint32_t b) {
     float x = fp32_host(a), y = fp32_host(b), r = x * y;
     if (fpu_host_mode(fp) && fp32_clear(fp32_bits(r)) && (fpu_inexact_seen(fp) || (double)x * y == r))
         return fp32_bits(r);
     return fp32_mul_exact(fp, a, b);
 }
 
-static inline uint64_t fp64_div(struct fpu *fp, uint64_t a, uint64_t b)
-{
+static inline uint64_t fp64_div(struct fpu *fp, uint64_t a, uint64_t b) {
     double x = fp64_host(a), y = fp64_host(b), r = x / y;
     if (fpu_host_mode(fp) && fp64_clear(fp64_bits(r)) &&
         (fpu_inexact_seen(fp) || (fp64_provable(x) && fma(r, y, -x) == 0.0)))
@@ -182,16 +172,14 @@ static inline uint64_t fp64_div(struct fpu *fp, uint64_t a, uint64_t b)
     return fp64_div_exact(fp, a, b);
 }
 
-static inline uint32_t fp32_div(struct fpu *fp, uint32_t a, uint32_t b)
-{
+static inline uint32_t fp32_div(struct fpu *fp, uint32_t a, uint32_t b) {
     float x = fp32_host(a), y = fp32_host(b), r = x / y;
     if (fpu_host_mode(fp) && fp32_clear(fp32_bits(r)) && (fpu_inexact_seen(fp) || (double)r * y == x))
         return fp32_bits(r);
     return fp32_div_exact(fp, a, b);
 }
 
-static inline uint64_t fp64_sqrt(struct fpu *fp, uint64_t a)
-{
+static inline uint64_t fp64_sqrt(struct fpu *fp, uint64_t a) {
     double x = fp64_host(a);
     if (fpu_host_mode(fp) && x > 0x1p-900 && fp64_finite(a)) {
         double r = sqrt(x);
@@ -201,8 +189,7 @@ static inline uint64_t fp64_sqrt(struct fpu *fp, uint64_t a)
     return fp64_sqrt_exact(fp, a);
 }
 
-static inline uint32_t fp32_sqrt(struct fpu *fp, uint32_t a)
-{
+static inline uint32_t fp32_sqrt(struct fpu *fp, uint32_t a) {
     float x = fp32_host(a);
     if (fpu_host_mode(fp) && x > 0.0f && fp32_finite(a)) {
         float r = sqrtf(x);
@@ -213,8 +200,7 @@ static inline uint32_t fp32_sqrt(struct fpu *fp, uint32_t a)
 }
 
 /* addend + a * b with one rounding. */
-static inline uint64_t fp64_muladd(struct fpu *fp, uint64_t addend, uint64_t a, uint64_t b)
-{
+static inline uint64_t fp64_muladd(struct fpu *fp, uint64_t addend, uint64_t a, uint64_t b) {
     if (fpu_host_mode(fp)) {
         double x = fp64_host(a), y = fp64_host(b), z = fp64_host(addend), r = fma(x, y, z), product = x * y;
         if (fp64_clear(fp64_bits(r)) &&
@@ -224,8 +210,7 @@ static inline uint64_t fp64_muladd(struct fpu *fp, uint64_t addend, uint64_t a, 
     return fp64_muladd_exact(fp, addend, a, b);
 }
 
-static inline uint32_t fp32_muladd(struct fpu *fp, uint32_t addend, uint32_t a, uint32_t b)
-{
+static inline uint32_t fp32_muladd(struct fpu *fp, uint32_t addend, uint32_t a, uint32_t b) {
     if (fpu_host_mode(fp)) {
         float x = fp32_host(a), y = fp32_host(b), z = fp32_host(addend), r = fmaf(x, y, z);
         if (fp32_clear(fp32_bits(r)) && (fpu_inexact_seen(fp) || fp64_sum_exact((double)x * y, z, r)))
@@ -234,33 +219,65 @@ static inline uint32_t fp32_muladd(struct fpu *fp, uint32_t addend, uint32_t a, 
     return fp32_muladd_exact(fp, addend, a, b);
 }
 
-static inline unsigned fp64_compare(struct fpu *fp, uint64_t a, uint64_t b, bool signal_nans)
-{
+static inline unsigned fp64_compare(struct fpu *fp, uint64_t a, uint64_t b, bool signal_nans) {
     double x = fp64_host(a), y = fp64_host(b);
     if (!(fp->fpcr & FPCR_FZ) && !isunordered(x, y))
         return x < y ? FP_LESS : x > y ? FP_GREATER : FP_EQUAL;
     return fp64_compare_exact(fp, a, b, signal_nans);
 }
 
-static inline unsigned fp32_compare(struct fpu *fp, uint32_t a, uint32_t b, bool signal_nans)
-{
+static inline unsigned fp32_compare(struct fpu *fp, uint32_t a, uint32_t b, bool signal_nans) {
     float x = fp32_host(a), y = fp32_host(b);
     if (!(fp->fpcr & FPCR_FZ) && !isunordered(x, y))
         return x < y ? FP_LESS : x > y ? FP_GREATER : FP_EQUAL;
     return fp32_compare_exact(fp, a, b, signal_nans);
 }
 
-static inline uint64_t fp32_to_fp64(struct fpu *fp, uint32_t a)
-{
+static inline uint64_t fp32_to_fp64(struct fpu *fp, uint32_t a) {
     return fpu_host_mode(fp) && fp32_finite(a) ? fp64_bits(fp32_host(a)) : fp32_to_fp64_exact(fp, a);
 }
 
-static inline uint32_t fp64_to_fp32(struct fpu *fp, uint64_t a)
-{
+static inline uint32_t fp64_to_fp32(struct fpu *fp, uint64_t a) {
     float r = (float)fp64_host(a);
     if (fpu_host_mode(fp) && fp32_clear(fp32_bits(r)) && (fpu_inexact_seen(fp) || r == fp64_host(a)))
         return fp32_bits(r);
     return fp64_to_fp32_exact(fp, a);
+}
+
+/* An integer that the format holds is exact in every mode. */
+static inline uint64_t fp64_from_int(struct fpu *fp, uint64_t value, bool is_signed, int fbits) {
+    if (!fbits && (is_signed || !(value >> 63)) && value + (1ull << 53) <= 1ull << 54)
+        return fp64_bits((double)(int64_t)value);
+    return fp64_from_int_exact(fp, value, is_signed, fbits);
+}
+
+static inline uint32_t fp32_from_int(struct fpu *fp, uint64_t value, bool is_signed, int fbits) {
+    if (!fbits && (is_signed || !(value >> 63)) && value + (1ull << 24) <= 1ull << 25)
+        return fp32_bits((float)(int64_t)value);
+    return fp32_from_int_exact(fp, value, is_signed, fbits);
+}
+
+/* In range, and either integral or truncated with the flag that this sets already set. */
+static inline uint64_t fp64_to_int(struct fpu *fp, uint64_t a, int fbits, bool is_signed, int width,
+                                   enum fp_rounding mode) {
+    double x = fp64_host(a);
+    if (!fbits && fpu_host_mode(fp) && fabs(x) < 0x1p31 && (is_signed || x >= 0.0)) {
+        int64_t integer = (int64_t)x;
+        if ((double)integer == x || (mode == ROUND_ZERO && fpu_inexact_seen(fp)))
+            return width == 64 ? (uint64_t)integer : (uint32_t)integer;
+    }
+    return fp64_to_int_exact(fp, a, fbits, is_signed, width, mode);
+}
+
+static inline uint64_t fp32_to_int(struct fpu *fp, uint32_t a, int fbits, bool is_signed, int width,
+                                   enum fp_rounding mode) {
+    float x = fp32_host(a);
+    if (!fbits && fpu_host_mode(fp) && fabsf(x) < 0x1p31f && (is_signed || x >= 0.0f)) {
+        int64_t integer = (int64_t)x;
+        if ((float)integer == x || (mode == ROUND_ZERO && fpu_inexact_seen(fp)))
+            return width == 64 ? (uint64_t)integer : (uint32_t)integer;
+    }
+    return fp32_to_int_exact(fp, a, fbits, is_signed, width, mode);
 }
 
 #endif
