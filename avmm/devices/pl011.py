@@ -70,7 +70,7 @@ _FIFO_DEPTH: Final = 32
 # IFLS.RXIFLSEL -> characters; the reserved values act like the highest.
 _RX_TRIGGER: Final = (4, 8, 16, 24, 28, 28, 28, 28)
 # Linux empties the FIFO when it opens the port, before it unmasks the receive interrupts: what has arrived by then is
-# lost. So nothing is delivered while they are masked, unless the guest polls: reads FR this often without writing.
+# lost. So nothing is delivered while they are masked, unless the guest polls: reads FR this often and nothing else.
 _POLLING: Final = 16
 
 _BYTES: Final = tuple(bytes((n,)) for n in range(256))
@@ -198,6 +198,7 @@ class Pl011:
         if not self._fifo:
             return 0
         value = self._fifo.popleft()
+        self._polls = 0
         self._rsr = value >> 8 & 0xF
         self._receive_changed()
         self._update()
