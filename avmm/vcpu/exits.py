@@ -18,11 +18,8 @@ EC_DATA_ABORT: Final = 0x24
 #: Accesses to extensions we do not offer: FP/SVE, pointer authentication, SVE, SME, and what has no class of its own.
 UNDEFINED_CLASSES: Final = frozenset({EC_UNKNOWN, 0x07, 0x09, 0x19, 0x1D})
 
-#: ISS bits of a data abort.
-ISS_WNR: Final = 1 << 6
-ISS_CM: Final = 1 << 8
-
 _IL = 1 << 25
+_ISS_WNR = 1 << 6  # of a data abort
 _EXTERNAL_ABORT = 0x10  # DFSC/IFSC: synchronous external abort, not on a table walk
 
 _PSTATE_EL1H_MASKED = 0x3C5
@@ -41,7 +38,7 @@ def inject_external_abort(vcpu: Vcpu) -> None:
     frame = vcpu.frame
     syndrome = frame.syndrome
     kind = EC_INSTRUCTION_ABORT if exception_class(syndrome) == EC_INSTRUCTION_ABORT else EC_DATA_ABORT
-    iss = _EXTERNAL_ABORT | (syndrome & (ISS_WNR | ISS_CM) if kind == EC_DATA_ABORT else 0)
+    iss = _EXTERNAL_ABORT | (syndrome & _ISS_WNR if kind == EC_DATA_ABORT else 0)
     pstate = vcpu.get_reg(Reg.CPSR)
     if pstate >> 2 & 3:
         kind += 1  # "taken without a change in Exception level"

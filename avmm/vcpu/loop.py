@@ -7,10 +7,8 @@ hundreds: so the thread comes back only with something to await (park, off, paus
 from __future__ import annotations
 
 import asyncio
-import signal
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, TypeVar
@@ -24,6 +22,7 @@ from avmm.irq import IrqChip
 from avmm.vcpu import exits, sysregs
 from avmm.vcpu.park import PAUSE, STOP, TRIP_NS, Cause, Mode, Parking, Timers
 from avmm.vcpu.psci import SUCCESS, Action, Psci
+from avmm.vcpu.thread import VcpuThread
 
 T = TypeVar("T")
 
@@ -45,9 +44,6 @@ _WFE_NAP_NS: Final = 1_000_000
 
 #: How often, in seconds, a vCPU that was called out of the guest is called again until it comes.
 _REKICK: Final = 0.01
-
-#: Signals that a fault of this very thread raises; blocking them would only hide where it happened.
-_OWN_FAULTS: Final = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT})
 
 _MMIO_READ: Final = int(ExitKind.MMIO_READ)
 _MMIO_WRITE: Final = int(ExitKind.MMIO_WRITE)
@@ -96,11 +92,6 @@ class Counters:
     undefined: int = 0  # undefined instruction exceptions injected
 
 
-def _block_signals() -> None:
-    """A signal handled on a vCPU's thread would make the engine return for nothing (UNKNOWN on macOS)."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.valid_signals()) - _OWN_FAULTS)
-
-
 class VcpuLoop:
     """vCPU ``index`` of a VM. Made and used on the event loop's thread; ``lock`` is the VM's.
 
@@ -138,7 +129,7 @@ class VcpuLoop:
         self._vtimer_line = irqchip.ppi(index, VTIMER_INTID)
         self._vtimer_masked = False  # by VTIMER_ACTIVATED, until we unmask it
         self._vtimer_high = False  # what we drive PPI 27 with
-        self._executor: ThreadPoolExecutor | None = None
+        self._thread: VcpuThread | None = None
         self._job: asyncio.Future[Event] | None = None
         self._resumed = asyncio.Event()
         self._resumed.set()
@@ -152,8 +143,8 @@ class VcpuLoop:
 
     async def start(self) -> None:
         """Create the thread and, on it, the vCPU. Raises EngineError."""
-        self._executor = ThreadPoolExecutor(1, f"avmm-vcpu{self.index}", _block_signals)
-        await self._on_thread(self._create)
+        self._thread = VcpuThread(f"avmm-vcpu{self.index}")
+        await self._thread.submit(self._create)
 
     async def run(self) -> Outcome:
         """Run until the guest powers off, resets or faults, or :meth:`stop`; then destroy the vCPU, join its thread.
@@ -161,7 +152,7 @@ class VcpuLoop:
         Cancelling does the same and raises CancelledError.
         """
         try:
-            if self._executor is None:
+            if self._thread is None:
                 await self.start()
             return await self._run()
         finally:
@@ -169,15 +160,15 @@ class VcpuLoop:
 
     async def _run(self) -> Outcome:
         parking = self.parking
-        executor = self._executor
-        assert executor is not None
+        thread = self._thread
+        assert thread is not None
         while True:
             await parking.wait()
             await self._resumed.wait()
             if parking.attention & STOP:
                 return Outcome(Event.STOP, self.index)
             # Shielded: a cancelled run() must still know when the thread has come out of the guest.
-            self._job = asyncio.wrap_future(executor.submit(self.run_until_event))
+            self._job = thread.submit(self.run_until_event)
             event = await asyncio.shield(self._job)
             if event in _ENDS:
                 return Outcome(event, self.index, self._error)
@@ -201,14 +192,10 @@ class VcpuLoop:
 
     async def call(self, function: Callable[[Vcpu], T]) -> T:
         """``function(vcpu)`` on the vCPU's thread: before :meth:`run`, or while paused."""
-        vcpu = self._vcpu
-        if vcpu is None:
+        thread, vcpu = self._thread, self._vcpu
+        if thread is None or vcpu is None:
             raise EngineError(f"vCPU {self.index} does not exist now: start it first")
-        return await self._on_thread(lambda: function(vcpu))
-
-    async def _on_thread(self, function: Callable[[], T]) -> T:
-        assert self._executor is not None
-        return await asyncio.wrap_future(self._executor.submit(function))
+        return await thread.submit(lambda: function(vcpu))
 
     async def _settle(self) -> None:
         """Wait until the thread is outside the guest, kicking again and again: a kick may be lost."""
@@ -220,12 +207,12 @@ class VcpuLoop:
     async def _close(self) -> None:
         await self.stop()
         self.parking.stopped()
-        executor, self._executor = self._executor, None
-        if executor is not None:
+        thread, self._thread = self._thread, None
+        if thread is not None:
             try:
-                await asyncio.wrap_future(executor.submit(self._destroy))
+                await thread.submit(self._destroy)
             finally:
-                executor.shutdown()  # its thread is idle: this waits no longer than it takes to end
+                thread.join()  # it is idle: this waits no longer than it takes to end
 
     # The vCPU's thread.
 
@@ -434,12 +421,7 @@ class VcpuLoop:
         return None if self._wfe_run < _WFE_PATIENCE else self._park(self._clock.now_ns() + _WFE_NAP_NS)
 
     def _on_abort(self, vcpu: Vcpu) -> Event | None:
-        frame = vcpu.frame
-        syndrome = frame.syndrome
-        if exits.exception_class(syndrome) == exits.EC_DATA_ABORT and syndrome & exits.ISS_CM:
-            frame.finish = _ADVANCE  # cache maintenance of a device's address: nothing to do
-        else:
-            self._abort(vcpu)
+        self._abort(vcpu)
         return None
 
     def _on_other(self, vcpu: Vcpu) -> Event | None:

@@ -193,7 +193,7 @@ class FakeHypervisor:
     def host_wrote(self, gpa: int, length: int) -> None: ...
 
     def create_vcpu(self) -> Vcpu:
-        index = int(threading.current_thread().name.removeprefix("avmm-vcpu").split("_")[0])
+        index = int(threading.current_thread().name.removeprefix("avmm-vcpu"))
         self.vcpus[index] = FakeVcpu(self._guests[index], self._clock, lose_kicks=self._lose_kicks)
         return self.vcpus[index]
 

@@ -1,0 +1,66 @@
+"""A vCPU's own thread: an executor of one, made for short trips.
+
+A :class:`concurrent.futures.ThreadPoolExecutor` would do, but every park costs a trip, and half of a trip's price
+would be its futures and locks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any, Final, TypeVar
+
+T = TypeVar("T")
+
+#: Signals that a fault of this very thread raises; blocking them would only hide where it happened.
+_OWN_FAULTS: Final = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT})
+
+
+class VcpuThread:
+    """Runs one function at a time, in order, on a thread of its own. Used on the loop's thread only."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._work: SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None] = SimpleQueue()
+        # Daemon: a program that abandons its event loop must still be able to end.
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, function: Callable[[], T]) -> asyncio.Future[T]:
+        """Call ``function`` on the thread. Cancelling the future does not keep it from being called."""
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._work.put((function, future))
+        return future
+
+    def join(self) -> None:
+        """End the thread after what has been submitted."""
+        self._work.put(None)
+        self._thread.join()
+
+    def _main(self) -> None:
+        # A signal handled here would make the engine return for nothing (UNKNOWN on macOS).
+        signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.valid_signals()) - _OWN_FAULTS)
+        get = self._work.get
+        post = self._loop.call_soon_threadsafe
+        while (work := get()) is not None:
+            function, future = work
+            try:
+                result = function()
+            except BaseException as error:
+                post(_fail, future, error)
+            else:
+                post(_succeed, future, result)
+            del function, future, work  # hold nothing while idle
+
+
+def _succeed(future: asyncio.Future[T], result: T) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)
