@@ -180,6 +180,7 @@ struct tlb_entry {
     uintptr_t addend;
     uint64_t pa; /* of the page; below it, in bits 5:0, log2 of the size of the mapping it is a piece of */
 };
+_Static_assert(sizeof(struct tlb_entry) == 1 << 5, "MEM_FAST() scales by 32");
 
 /* One 4 KiB page that may be executed. */
 enum { FETCH_BITS = 8, FETCH_SIZE = 1 << FETCH_BITS };
@@ -257,8 +258,12 @@ struct vcpu {
     /* What the caches above hold, by half of the address space (VA bit 55), so that flushes can be narrow. */
     bool cached[2];       /* anything */
     bool nonglobal[2];    /* pages of the current ASID only */
-    bool large[2];        /* data pages of mappings larger than 4 KiB: TLBI by VA must look at all entries */
-    uint8_t exec_bits[2]; /* log2 of the largest executable mapping */
+    bool cached_data[MMU_COUNT][2];
+    bool large_data[MMU_COUNT][2]; /* pieces of mappings larger than 4 KiB: TLBI by VA must look at all entries */
+    struct {
+        uint64_t low, high; /* where code was run from, in whole mappings: inclusive; high < low when nowhere */
+        uint8_t page_bits;  /* log2 of the largest mapping */
+    } code[2];
     /* TLBI ... IS of other vCPUs, carried out when this one's turn comes; written by whose turn it is. */
     struct {
         uint32_t count; /* more than SHOOTDOWN_MAX: drop all */
@@ -306,8 +311,10 @@ enum { ZVA_SIZE = 64 }; /* bytes that DC ZVA clears */
 /* TBI: bits 63:56 of data addresses are ignored when TCR_EL1.TBI0/1 says so; both ends of the fast path see the stripped VA. */
 uint64_t untag(const struct vcpu *c, uint64_t va);
 
+/* The entry's offset is computed in one go: compilers make three of the array's two indexes. */
 #define MEM_FAST(kind, va, size)                                                                                  \
-    struct tlb_entry *e = &c->tlb[idx][((va) >> PAGE_BITS) & (TLB_SIZE - 1)];                                      \
+    struct tlb_entry *e = (struct tlb_entry *)((char *)c->tlb[idx] +                                               \
+                                               (((va) >> (PAGE_BITS - 5)) & ((TLB_SIZE - 1) << 5)));               \
     if (likely((((va) + (size)-1) & ~(uint64_t)(PAGE_SIZE - 1)) == e->kind))
 
 static inline bool mem_read(struct vcpu *c, const struct uop *u, uint64_t va, unsigned size, unsigned idx, void *out) {

@@ -136,6 +136,7 @@ static void note_cached(struct vcpu *c, uint64_t va, const struct translation *t
     c->cached[half] = true;
     if (!t->global)
         c->nonglobal[half] = true;
+    c->counters.tlb_misses++;
 }
 
 static void tlb_fill(struct vcpu *c, uint64_t va, unsigned idx, const struct translation *t, struct ram *ram) {
@@ -147,34 +148,69 @@ static void tlb_fill(struct vcpu *c, uint64_t va, unsigned idx, const struct tra
     e->addend = (uintptr_t)(ram->host + (pa - ram->ipa)) - (uintptr_t)page;
     e->pa = pa | t->page_bits;
     note_cached(c, va, t);
+    c->cached_data[idx][half_of(va)] = true;
     if (t->page_bits > PAGE_BITS)
-        c->large[half_of(va)] = true;
-    c->counters.tlb_misses++;
+        c->large_data[idx][half_of(va)] = true;
 }
+
+static void fetch_fill(struct vcpu *c, struct fetch_entry *e, const struct translation *t, struct ram *ram) {
+    uint64_t pa = t->pa & PAGE_MASK, size = BIT(t->page_bits), start = c->pc & ~(size - 1);
+    unsigned half = half_of(c->pc);
+    *e = (struct fetch_entry){c->pc & PAGE_MASK, pa, ram->host + (pa - ram->ipa)};
+    note_cached(c, c->pc, t);
+    if (c->code[half].low > start)
+        c->code[half].low = start;
+    if (c->code[half].high < start + (size - 1))
+        c->code[half].high = start + (size - 1);
+    if (c->code[half].page_bits < t->page_bits)
+        c->code[half].page_bits = t->page_bits;
+}
+
+static void no_code(struct vcpu *c, unsigned half) {
+    c->code[half].low = ~UINT64_C(0);
+    c->code[half].high = 0;
+    c->code[half].page_bits = 0;
+}
+
+static bool has_code(const struct vcpu *c, unsigned half) { return c->code[half].low <= c->code[half].high; }
 
 static inline bool in_half(uint64_t va, unsigned half) { return va != TLB_NONE && half_of(va) == half; }
 
 void tlb_flush_half(struct vcpu *c, unsigned half) {
     if (!c->cached[half])
         return;
-    for (unsigned idx = 0; idx < MMU_COUNT; idx++)
-        for (unsigned i = 0; i < TLB_SIZE; i++) {
+    for (unsigned idx = 0; idx < MMU_COUNT; idx++) {
+        for (unsigned i = 0; c->cached_data[idx][half] && i < TLB_SIZE; i++) {
             struct tlb_entry *e = &c->tlb[idx][i];
             if (in_half(e->read, half) || in_half(e->write, half))
                 e->read = e->write = TLB_NONE;
         }
-    for (unsigned el = 0; el < 2; el++)
-        for (unsigned i = 0; i < FETCH_SIZE; i++)
-            if (in_half(c->fetch[el][i].va, half))
-                c->fetch[el][i].va = TLB_NONE;
-    if (c->exec_bits[half])
+        c->cached_data[idx][half] = c->large_data[idx][half] = false;
+    }
+    if (has_code(c, half)) {
+        for (unsigned el = 0; el < 2; el++)
+            for (unsigned i = 0; i < FETCH_SIZE; i++)
+                if (in_half(c->fetch[el][i].va, half))
+                    c->fetch[el][i].va = TLB_NONE;
         tlb_drop_code(c);
-    c->cached[half] = c->nonglobal[half] = c->large[half] = false;
-    c->exec_bits[half] = 0;
+        no_code(c, half);
+    }
+    c->cached[half] = c->nonglobal[half] = false;
     c->counters.tlb_flushes++;
 }
 
-void tlb_drop_code(struct vcpu *c) { memset(c->jump, 0xff, sizeof c->jump); }
+/* `count` is a whole number of rows. Empty is a PC that no guest gets here with: ~0, but where ~0 itself belongs. */
+static void jump_clear(struct jump_entry *jump, unsigned first, unsigned count) {
+    memset(&jump[first], 0xff, count * sizeof *jump);
+    unsigned own = jump_index(UINT64_MAX);
+    if (own - first < count)
+        jump[own].pc = UINT64_MAX - 4; /* of another index */
+}
+
+void tlb_drop_code(struct vcpu *c) {
+    for (unsigned el = 0; el < 2; el++)
+        jump_clear(c->jump[el], 0, JUMP_SIZE);
+}
 
 void tlb_flush_all(struct vcpu *c) {
     for (unsigned idx = 0; idx < MMU_COUNT; idx++)
@@ -186,8 +222,10 @@ void tlb_flush_all(struct vcpu *c) {
     tlb_drop_code(c);
     memset(c->cached, 0, sizeof c->cached);
     memset(c->nonglobal, 0, sizeof c->nonglobal);
-    memset(c->large, 0, sizeof c->large);
-    memset(c->exec_bits, 0, sizeof c->exec_bits);
+    memset(c->cached_data, 0, sizeof c->cached_data);
+    memset(c->large_data, 0, sizeof c->large_data);
+    no_code(c, 0);
+    no_code(c, 1);
     c->counters.tlb_flushes++;
 }
 
@@ -202,6 +240,23 @@ static bool same_mapping(const struct tlb_entry *e, uint64_t entry_va, uint64_t 
     return entry_va != TLB_NONE && !((entry_va ^ va) << 8 >> 8 >> (e->pa & 0x3f));
 }
 
+static void flush_code_va(struct vcpu *c, uint64_t va) {
+    unsigned half = half_of(va);
+    if (va < c->code[half].low || va > c->code[half].high)
+        return;
+    for (unsigned el = 0; el < 2; el++) {
+        if (c->code[half].page_bits > PAGE_BITS) {
+            for (unsigned i = 0; i < FETCH_SIZE; i++)
+                c->fetch[el][i].va = TLB_NONE;
+        } else {
+            c->fetch[el][(va >> PAGE_BITS) & (FETCH_SIZE - 1)].va = TLB_NONE;
+            jump_clear(c->jump[el], jump_index(va) & ~(unsigned)(JUMP_ROW - 1), JUMP_ROW);
+        }
+    }
+    if (c->code[half].page_bits > PAGE_BITS)
+        tlb_drop_code(c);
+}
+
 void tlb_flush_va(struct vcpu *c, uint64_t va) {
     unsigned half = half_of(va);
     if (!c->cached[half])
@@ -209,23 +264,11 @@ void tlb_flush_va(struct vcpu *c, uint64_t va) {
     for (unsigned idx = 0; idx < MMU_COUNT; idx++) {
         struct tlb_entry *bank = c->tlb[idx], *own = &bank[(va >> PAGE_BITS) & (TLB_SIZE - 1)];
         own->read = own->write = TLB_NONE;
-        for (unsigned i = 0; c->large[half] && i < TLB_SIZE; i++)
+        for (unsigned i = 0; c->large_data[idx][half] && i < TLB_SIZE; i++)
             if (same_mapping(&bank[i], bank[i].read, va) || same_mapping(&bank[i], bank[i].write, va))
                 bank[i].read = bank[i].write = TLB_NONE;
     }
-    if (!c->exec_bits[half])
-        return;
-    if (c->exec_bits[half] > PAGE_BITS) {
-        for (unsigned el = 0; el < 2; el++)
-            for (unsigned i = 0; i < FETCH_SIZE; i++)
-                c->fetch[el][i].va = TLB_NONE;
-        tlb_drop_code(c);
-        return;
-    }
-    for (unsigned el = 0; el < 2; el++) {
-        c->fetch[el][(va >> PAGE_BITS) & (FETCH_SIZE - 1)].va = TLB_NONE;
-        memset(&c->jump[el][jump_index(va) & ~(unsigned)(JUMP_ROW - 1)], 0xff, JUMP_ROW * sizeof(struct jump_entry));
-    }
+    flush_code_va(c, va);
 }
 
 /* ---- Instruction fetch ------------------------------------------------------------------------------------------------ */
@@ -244,11 +287,7 @@ bool mmu_fetch(struct vcpu *c, uint64_t *pa, const uint8_t **host) {
         if (!ram || !(ram->flags & HV_MEMORY_EXEC))
             return exit_exception(c, pc, syndrome(EC_IABT_LOWER, ram ? FAULT_STAGE2_PERMISSION : FAULT_STAGE2_TRANSLATION),
                                   pc, t.pa);
-        *e = (struct fetch_entry){pc - offset, t.pa & PAGE_MASK, ram->host + ((t.pa & PAGE_MASK) - ram->ipa)};
-        note_cached(c, pc, &t);
-        if (c->exec_bits[half_of(pc)] < t.page_bits)
-            c->exec_bits[half_of(pc)] = t.page_bits;
-        c->counters.tlb_misses++;
+        fetch_fill(c, e, &t, ram);
     }
     *pa = e->pa + offset;
     *host = e->host + offset;
