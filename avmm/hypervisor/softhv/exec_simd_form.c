@@ -105,8 +105,6 @@ bool form_v_shl_long(struct uop *u, uint32_t i) {
     return registers(u, i, size, bits(i, 30, 1), 8u >> size);
 }
 
-bool form_v_shr_fp(struct uop *u, uint32_t i) { return bits(i, 19, 4) >= 4 && form_v_shr(u, i); }
-
 bool form_s_shr(struct uop *u, uint32_t i) {
     unsigned size;
     if (!shift_size(i, &size))
@@ -126,7 +124,6 @@ bool form_s_shl(struct uop *u, uint32_t i) {
 bool form_s_shr_d(struct uop *u, uint32_t i) { return bits(i, 22, 1) && form_s_shr(u, i); }
 bool form_s_shl_d(struct uop *u, uint32_t i) { return bits(i, 22, 1) && form_s_shl(u, i); }
 bool form_s_shr_narrow(struct uop *u, uint32_t i) { return !bits(i, 22, 1) && form_s_shr(u, i); }
-bool form_s_shr_fp(struct uop *u, uint32_t i) { return bits(i, 19, 4) >= 4 && form_s_shr(u, i); }
 
 /* ---- By element: the index is in H, L and M, as many of them as the size leaves ------------------------------------- */
 
