@@ -44,11 +44,24 @@ static inline u64 counter(void) // CNTVCT_EL0, not read ahead of what comes befo
 // The address of a label in assembly text. Hidden, or the linker's GOT entry would be the section's, not the label's.
 #define LABEL(name) ({ extern const u8 name[] __attribute__((visibility("hidden"))); (u64)name; })
 
-static inline u32 load32(u64 address) { return *(volatile u32 *)address; }
-static inline void store32(u64 address, u32 value) { *(volatile u32 *)address = value; }
-static inline void store8(u64 address, u8 value) { *(volatile u8 *)address = value; }
-static inline u64 load64(u64 address) { return *(volatile u64 *)address; }
-static inline void store64(u64 address, u64 value) { *(volatile u64 *)address = value; }
+/*
+ * One plain load or store each, whatever the compiler would like better: a device access with write-back has no
+ * syndrome (Arm ARM D17.2.37, ISV), and no hypervisor can serve it.
+ */
+#define ACCESSORS(bits, from, to, width)                                                                          \
+    static inline u##bits load##bits(u64 address)                                                                 \
+    {                                                                                                             \
+        u##bits value;                                                                                            \
+        __asm__ volatile(from " %" width "0, [%1]" : "=r"(value) : "r"(address) : "memory");                      \
+        return value;                                                                                             \
+    }                                                                                                             \
+    static inline void store##bits(u64 address, u##bits value)                                                    \
+    {                                                                                                             \
+        __asm__ volatile(to " %" width "0, [%1]" ::"rZ"(value), "r"(address) : "memory");                      \
+    }
+ACCESSORS(8, "ldrb", "strb", "w")
+ACCESSORS(32, "ldr", "str", "w")
+ACCESSORS(64, "ldr", "str", "x")
 
 struct frame { // what the vectors save
     u64 x[31], elr, spsr, esr, far, pad;
