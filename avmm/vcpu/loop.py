@@ -15,13 +15,14 @@ from typing import Final, TypeVar
 
 from avmm.aio import outlast
 from avmm.bus import Bus
-from avmm.clock import Clock
+from avmm.clock import EXPIRED, Clock
 from avmm.errors import AvmmError, EngineError, GuestError, GuestFault
 from avmm.hypervisor.base import ExitKind, Finish, Hypervisor, Reg, Vcpu
 from avmm.irq import IrqChip
 from avmm.vcpu import exits, sysregs
 from avmm.vcpu.park import PAUSE, STOP, TRIP_NS, Cause, Mode, Parking, Timers
 from avmm.vcpu.psci import SUCCESS, Action, Psci
+from avmm.vcpu.state import VcpuState, apply, capture
 from avmm.vcpu.thread import VcpuThread
 
 T = TypeVar("T")
@@ -197,6 +198,17 @@ class VcpuLoop:
             raise EngineError(f"vCPU {self.index} does not exist now: start it first")
         return await thread.submit(lambda: function(vcpu))
 
+    async def save(self) -> VcpuState:
+        """The vCPU's state; while paused, or before it runs."""
+        return await self.call(self._save)
+
+    async def restore(self, state: VcpuState) -> None:
+        """Continue from ``state``: after :meth:`start` and after the interrupt controller's state, before :meth:`run`.
+
+        Guest time goes on from where the VM's clock says. Raises ConfigError for a state we cannot read.
+        """
+        await self.call(lambda vcpu: self._restore(vcpu, state))
+
     async def _settle(self) -> None:
         """Wait until the thread is outside the guest, kicking again and again: a kick may be lost."""
         job = self._job
@@ -230,6 +242,29 @@ class VcpuLoop:
         vcpu, self._vcpu = self._vcpu, None
         if vcpu is not None:
             vcpu.close()
+
+    def _save(self, vcpu: Vcpu) -> VcpuState:
+        while True:
+            # Kicked, run() delivers what the last exit is owed and comes back before it enters the guest.
+            vcpu.kick()
+            kind = vcpu.run()
+            if kind == _CANCELED:
+                break
+            if kind != ExitKind.VTIMER:
+                raise EngineError(f"vCPU {self.index} ran on although it was kicked: its state cannot be saved")
+            with self._lock:
+                self._on_vtimer(vcpu)
+        with self._lock:
+            power, entry, context = self._psci.save(self.index)
+        return capture(vcpu, power, entry, context)
+
+    def _restore(self, vcpu: Vcpu, state: VcpuState) -> None:
+        apply(vcpu, state, self._clock.offset)
+        with self._lock:
+            # As the timer's output is now, which the snapshot's interrupt controller need not have known.
+            self._vtimer_high = self._clock.deadline(state.cntv_ctl, state.cntv_cval) == EXPIRED
+            self._vtimer_line.restore(self._vtimer_high)
+            self._psci.restore(self.index, state.power, state.entry, state.context)
 
     def run_until_event(self) -> Event:
         """Run the guest and serve its exits until there is something to await or to report."""

@@ -120,6 +120,19 @@ class Psci:
         cpu.power = Power.ON
         return cpu.entry, cpu.context
 
+    def save(self, index: int) -> tuple[Power, int, int]:
+        """vCPU ``index``'s power state, and where it starts if that is still to come (entry, context)."""
+        cpu = self._cpus[index]
+        return cpu.power, cpu.entry, cpu.context
+
+    def restore(self, index: int, power: Power, entry: int, context: int) -> None:
+        """Put a vCPU that has not run yet into a saved power state; one that was on wakes and goes on."""
+        if power is Power.ON_PENDING:
+            self.power_on(index, entry, context)
+        elif power is Power.ON:
+            self._cpus[index].power = power
+            self._cpus[index].wake()
+
     def call(self, index: int, args: Sequence[int]) -> int | Action:
         """The call vCPU ``index`` made with x0..x7 = ``args``: what x0 returns, signed, or something to do."""
         function = args[0] & _U32  # the identifier is w0 (DEN 0028, 2.4)
