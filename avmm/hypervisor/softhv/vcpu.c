@@ -4,6 +4,7 @@
 
 #include "../hv_simd.h"
 
+#include <fenv.h>
 #include <stdlib.h>
 
 enum { HANDLES = 4096 };
@@ -89,6 +90,7 @@ hv_return_t hv_vcpu_create(hv_vcpu_t *vcpu, hv_vcpu_exit_t **exit, hv_vcpu_confi
         free(c);
         return result;
     }
+    fesetenv(FE_DFL_ENV); /* this thread now runs the vCPU, and fpu.h relies on it */
     mine = c;
     *vcpu = c->handle;
     *exit = &c->exit;
