@@ -9,6 +9,8 @@ import pytest
 
 from avmm.devices.gicv3 import GICR_STRIDE, Gicv3
 from avmm.devices.gicv3.cpu_interface import (
+    ICC_AP0R0_EL1,
+    ICC_AP1R0_EL1,
     ICC_ASGI1R_EL1,
     ICC_BPR0_EL1,
     ICC_BPR1_EL1,
@@ -263,8 +265,8 @@ def test_one_of_n_picks_one_cpu_that_takes_part() -> None:
         machine.gic.spi(number).set(True)
     assert sum(machine.levels()) == 3
     machine.msr(ICC_IGRPEN1_EL1, 0, 1)
-    machine.gicr(2, 0x14, 2)
     machine.msr(ICC_IGRPEN1_EL1, 0, 3)
+    machine.gicr(2, 0x14, 2)
     assert machine.levels() == [True, False, False, False]
     seen = set()
     for _ in range(3):
@@ -278,6 +280,19 @@ def test_one_of_n_picks_one_cpu_that_takes_part() -> None:
     assert not any(machine.levels())
     machine.msr(ICC_IGRPEN1_EL1, 1, 3)
     assert machine.levels() == [False, False, False, True]
+
+
+def test_one_of_n_goes_by_the_interrupts_group() -> None:
+    machine = Machine(2)
+    machine.gicd(0, 3)
+    machine.msr(ICC_IGRPEN1_EL1, 0, 1)
+    machine.msr(ICC_IGRPEN0_EL1, 1, 1)
+    machine.route(33, IRM)
+    machine.gic.spi(1).set(True)
+    assert machine.levels() == [True, False]
+    machine.gicd(0x84, ~(1 << 1) & 0xFFFFFFFF)
+    assert machine.levels() == [False, False]
+    assert machine.mrs(ICC_HPPIR0_EL1, 1) == 33
 
 
 def test_sleeping_redistributor_still_wakes_its_cpu() -> None:
@@ -309,6 +324,19 @@ def test_group_0_signals_nothing_and_can_be_polled() -> None:
     machine.msr(ICC_EOIR0_EL1, 33)
     assert machine.sinks[0].level
     assert machine.mrs(ICC_IAR1_EL1) == 34
+
+
+def test_eoi_with_the_other_group_running() -> None:
+    machine = Machine()
+    for register in (ICC_AP0R0_EL1, ICC_AP1R0_EL1):
+        machine.msr(register, 1 << 4)
+    assert machine.mrs(ICC_RPR_EL1) == 0x20
+    machine.msr(ICC_EOIR1_EL1, 33)  # group 0 runs first at the same priority
+    assert machine.mrs(ICC_AP1R0_EL1) == 1 << 4
+    machine.msr(ICC_EOIR0_EL1, 33)
+    assert machine.mrs(ICC_AP0R0_EL1) == 0
+    machine.msr(ICC_EOIR1_EL1, 33)
+    assert machine.mrs(ICC_RPR_EL1) == 0xFF
 
 
 def test_priorities_have_five_bits() -> None:

@@ -260,6 +260,19 @@ async def test_input_waits_while_receive_interrupts_are_masked(port: Port) -> No
         assert port.drain() == bytes(range(32, 40))
 
 
+async def test_input_goes_on_after_a_restore(port: Port) -> None:
+    listening = port.uart.save()
+    port.write(IMSC, 0)
+    port.terminal.typed.put_nowait(b"more")
+    async with running(port), asyncio.timeout(60):
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert port.uart.received == 0
+        port.uart.restore(listening)
+        await port.line.rose.wait()
+    assert port.drain() == b"more"
+
+
 async def test_run_ends_with_the_input(port: Port) -> None:
     port.terminal.typed.put_nowait(b"bye")
     port.terminal.typed.put_nowait(b"")
