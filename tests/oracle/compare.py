@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from cffi import FFI
+
 from avmm.hypervisor import sysreg
-from avmm.hypervisor._softhv import ffi
 from tests.oracle.cases import Case, Row, Table, Values, case, is_branch
 from tests.oracle.exceptions import skip_of_case
 from tests.oracle.machine import (
@@ -31,7 +32,7 @@ from tests.oracle.subject import Subject
 FPSR_NAMES = {0: "IOC", 1: "DZC", 2: "OFC", 3: "UFC", 4: "IXC", 7: "IDC", 27: "QC"}
 BATCH = 1024
 
-_memcmp = ffi.__class__()
+_memcmp = FFI()
 _memcmp.cdef("int memcmp(const void *, const void *, size_t);")
 
 

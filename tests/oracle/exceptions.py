@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from tests.oracle.cases import Case, is_system
+from tests.oracle.cases import Case
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,27 @@ class Skip:
         return self.when is None or (case is not None and self.when(case))
 
 
+def branches_to_itself(case: Case) -> bool:
+    """B, BL, B.cond, CBZ and TBZ with an offset of zero."""
+    word = case.words[-1]
+    immediate = word >> 26 & 0x1F == 0b00101 and word & 0x3FF_FFFF == 0
+    conditional = (word >> 24 == 0x54 or word >> 25 & 0x3F == 0b011010) and word >> 5 & 0x7FFFF == 0
+    return immediate or conditional or (word >> 25 & 0x3F == 0b011011 and word >> 5 & 0x3FFF == 0)
+
+
 SKIPS: tuple[Skip, ...] = (
-    Skip("*", "system instructions act on what the two sides do not share", lambda case: is_system(case.words[-1])),
+    Skip("*", "a branch to itself does not end", branches_to_itself),
+    Skip("hvc", "Unicorn's CPU has no EL2 to call"),
+    Skip("eret", "returns to wherever the last exception came from: see test_system"),
+    Skip("wf[ei]", "exits to the host here, does nothing there: see the engine's contract"),
+    *(
+        Skip(rows, "acts on translation, caches or masks, which the two sides do not share: see test_system")
+        for rows in ("ic_*", "dc_*", "at_*", "tlbi_*", "msr_pan", "msr_spsel", "m[rs][rs]_daif*", "m[rs][rs]")
+    ),
+    *(
+        Skip(rows, "Unicorn compares without regard to the sign (C6.2.160, C6.2.164): see test_atomics")
+        for rows in ("ldsm[axin]*8", "ldsm[axin]*16", "ldsm[axin]*32")
+    ),
 )
 
 

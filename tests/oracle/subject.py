@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from avmm.hypervisor import sysreg
 from avmm.hypervisor._softhv import ffi, lib
 from avmm.hypervisor.base import Reg
@@ -26,6 +28,7 @@ SCTLR, CPACR, TTBR0, TCR = (sysreg(3, 0, 1, 0, 0), sysreg(3, 0, 1, 0, 2), sysreg
 SPSR, ELR, ESR, FAR = (sysreg(3, 0, 4, 0, 0), sysreg(3, 0, 4, 0, 1), sysreg(3, 0, 5, 2, 0), sysreg(3, 0, 6, 0, 0))
 MAIR, VBAR, SP_EL1 = sysreg(3, 0, 10, 2, 0), sysreg(3, 0, 12, 0, 0), sysreg(3, 4, 4, 1, 0)
 
+EXCEPTION = 1  # hv_exit_reason_t
 EL1H_MASKED = 0x3C5
 #: ESR_EL1.EC of what a program may raise (Arm ARM D17.2.37).
 TO_EL1 = {
@@ -61,8 +64,19 @@ class Subject:
         self._vector = ffi.new("uint8_t[512]")
         self._vector_at = [(index, self._vector + 16 * index) for index in range(32)]
         self._cell = ffi.new("uint64_t *")
-        if lib.hv_vcpu_set_reg(handle, Reg.CPSR, EL1H_MASKED):
-            raise RuntimeError("softhv refuses its own registers")
+        self._started = 0
+        self._ended = 0
+        self._closing = threading.Event()
+        self._watchdog = threading.Thread(target=self._watch, daemon=True)
+        self._watchdog.start()
+
+    def _watch(self) -> None:
+        """End a program that runs for seconds: it does not end by itself."""
+        seen = 0
+        while not self._closing.wait(3):
+            if seen == self._started != self._ended:
+                self._vcpu.kick()
+            seen = self._started
 
     def _write_tables(self) -> None:
         """One level 1 entry, then three 2 MiB blocks (Arm ARM D8.3): code for EL1 alone, data for EL0 as well."""
@@ -112,9 +126,9 @@ class Subject:
             ffi.buffer(self._vector)[:] = before.v
             for index, at in self._vector_at:
                 lib.avmm_set_simd_fp_reg(handle, index, at)
+        self._started += 1
         code = lib.hv_vcpu_run(handle)
-        while not code and self._exit.reason != 1:  # kicks, the timer: not ours
-            code = lib.hv_vcpu_run(handle)
+        self._ended = self._started
         for index, at in self._x_at:
             get_reg(handle, index, at)
         if vectors:
@@ -138,8 +152,8 @@ class Subject:
     def _outcome(self, code: int) -> tuple[Outcome, int, int, int, int]:
         """How it ended; PC, PSTATE, syndrome and fault address then."""
         pc, pstate = self._reg(Reg.PC), self._reg(Reg.CPSR)
-        if code:
-            return Outcome.FAILED, pc, pstate, code & 0xFFFF_FFFF, 0
+        if code or self._exit.reason != EXCEPTION:
+            return Outcome.FAILED, pc, pstate, code & 0xFFFF_FFFF, self._exit.reason
         exit = self._exit.exception
         kind = exit.syndrome >> 26
         if kind != 0x16:
@@ -154,5 +168,7 @@ class Subject:
 
     def close(self) -> None:
         """Destroy the vCPU and the VM."""
+        self._closing.set()
+        self._watchdog.join()
         self._vcpu.close()
         self._vm.close()
