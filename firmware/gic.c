@@ -257,7 +257,7 @@ static void shared(void)
     check_equal("distributor_on", acknowledge(), spi);
     complete(spi);
 
-    store64(router, 0xff00fefeUL); // nobody
+    store64(router, 0xff0000fefeUL); // nobody: Aff3 is in bits 39:32, and bit 31 is IRM
     set_bit(PEND, spi);
     check_equal("routed_to_nobody", acknowledge(), NONE);
     store64(router, 1UL << 31); // IRM: any participating CPU; here this one or none at all
