@@ -196,24 +196,37 @@ class Comparison:
         return int.from_bytes(self.subject.ram[address - BASE : address - BASE + size], "little")
 
     def _batch(self, cases: list[Case], report: Report) -> None:
-        if not cases:
-            return
-        single = len(cases) == 1
-        at = PROGRAMS + (PROGRAMS_SIZE // 2 if single else 0)
-        placed: list[tuple[Case, int]] = []
-        for one in cases:
-            placed.append((one, at))
-            at += 4 * len(one.words) + 4
-        image = b"".join(b"".join(word.to_bytes(4, "little") for word in one.words) + self._fill[:4] for one in cases)
-        low = placed[0][1] - BASE
-        for ram in (self.subject.ram, self.reference.ram):
-            ram[low : low + len(image)] = image
-        self.subject.loaded()
-        self.reference.loaded()
-        for one, address in placed:
+        for one, address in self._place(cases):
             mismatch = self.compare(one, address, report)
             if mismatch is not None:
                 report.mismatches.append(mismatch)
+
+    def survivors(self, cases: list[Case]) -> list[Case]:
+        """Those of up to BATCH cases that the reference runs to their end."""
+        return [
+            one
+            for one, address in self._place(cases)
+            if self.reference.run(address, one.before, one.vectors, count=len(one.words)).outcome is Outcome.DONE
+        ]
+
+    def _place(self, cases: list[Case]) -> Iterator[tuple[Case, int]]:
+        """Put programs into memory, yield each with its address, take them out again."""
+        if not cases:
+            return
+        # In the middle when alone: a branch has HVC all around it.
+        at = start = PROGRAMS + (PROGRAMS_SIZE // 2 if len(cases) == 1 else 0)
+        placed: list[tuple[Case, int]] = []
+        image = bytearray()
+        for one in cases:
+            placed.append((one, at))
+            image += b"".join(word.to_bytes(4, "little") for word in (*one.words, HVC))
+            at += 4 * len(one.words) + 4
+        low = start - BASE
+        for ram in (self.subject.ram, self.reference.ram):
+            ram[low : low + len(image)] = bytes(image)
+        self.subject.loaded()
+        self.reference.loaded()
+        yield from placed
         for ram in (self.subject.ram, self.reference.ram):
             ram[low : low + len(image)] = self._fill[: len(image)]
 

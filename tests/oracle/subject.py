@@ -57,7 +57,7 @@ class Subject:
             (SCTLR, 0x30D0_0800 | 1 << 12 | 1 << 2 | 1),  # RES1 and SPAN, I, C, M
         ):
             self._vcpu.set_sysreg(encoding, value)
-        handle = self._handle = self._vcpu._handle  # the C interface: twice as fast as the methods
+        self._handle = self._vcpu._handle  # the C interface: twice as fast as the methods
         self._exit = self._vcpu._exit
         self._x = ffi.new("uint64_t[31]")
         self._x_at = [(index, self._x + index) for index in range(31)]
