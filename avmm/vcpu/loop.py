@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -38,9 +39,12 @@ _VTIMER_HIGH: Final = 0b101
 #: PSTATE at a vCPU's start: EL1h, DAIF masked (Linux Documentation/arch/arm64/booting.rst; DEN 0022, 6.4.3.2).
 _PSTATE_AT_START: Final = 0x3C5
 
-#: WFE is a hint and steps over. A guest that does nothing else, this many times on end, waits for long (a spin-table
-#: secondary, a lock holder that does not run): then it naps, for so many nanoseconds at a time.
-_WFE_PATIENCE: Final = 256
+#: WFE is a hint and steps over. A guest that does nothing else so many times on end waits for another vCPU (a lock),
+#: which needs the processor and the interpreter more than we do: from then on each WFE dozes on its thread, so many
+#: seconds. After many dozes (a spin-table secondary) it naps: it parks, so many nanoseconds or until an interrupt.
+_WFE_SPINS: Final = 8
+_WFE_DOZE: Final = 20e-6
+_WFE_DOZES: Final = 256
 _WFE_NAP_NS: Final = 1_000_000
 
 #: How often, in seconds, a vCPU that was called out of the guest is called again until it comes.
@@ -453,7 +457,16 @@ class VcpuLoop:
             self._wfe_others = others
             self._wfe_run = 0
         self._wfe_run += 1
-        return None if self._wfe_run < _WFE_PATIENCE else self._park(self._clock.now_ns() + _WFE_NAP_NS)
+        if self._wfe_run < _WFE_SPINS:
+            return None
+        if self._wfe_run >= _WFE_DOZES and self._park(self._clock.now_ns() + _WFE_NAP_NS):
+            return Event.PARK
+        self._lock.release()
+        try:
+            time.sleep(_WFE_DOZE)
+        finally:
+            self._lock.acquire()
+        return None
 
     def _on_abort(self, vcpu: Vcpu) -> Event | None:
         self._abort(vcpu)
