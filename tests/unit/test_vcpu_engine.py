@@ -60,7 +60,7 @@ async def test_guest_goes_on_from_its_saved_state() -> None:
         (vcpu,) = vm._vcpus
         modes = set()
         for tick in range(20, 60):
-            while vcpu.counters.exits[ExitKind.WFI] < tick:  # noqa: ASYNC110  # a counter has no event to wait for
+            while vcpu.counters.exits[ExitKind.WFI] < tick:  # a counter has no event to wait for
                 await asyncio.sleep(0)
                 assert vm.outcome is None
             await vm.pause()
