@@ -49,7 +49,7 @@ class Outcome:
     """How a VM ended.
 
     ``reason`` is ``"power-off"``, ``"reset"`` (only where resets are not followed), ``"panic"``, ``"fault"`` or
-    ``"stopped"`` (by the host). ``error`` says more when it was a panic (GuestPanic) or a fault (GuestError, or EngineError).
+    ``"stopped"`` (by the host). ``error`` says more of a panic (GuestPanic) or a fault (GuestError, or EngineError).
     """
 
     reason: str

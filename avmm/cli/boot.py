@@ -3,22 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
-import os
-import signal
-import sys
-import time
-from typing import TYPE_CHECKING, Any
 
 from avmm.cli.exitcodes import ExitCode
-
-if TYPE_CHECKING:
-    from avmm.config import VmConfig
-    from avmm.vm import Outcome, VirtualMachine
-
-#: Output kept for error messages; stdout has it all.
-_KEEP = 1 << 16
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -85,117 +71,7 @@ def run(args: argparse.Namespace) -> int:
         except OSError as error:
             raise ConfigError(f"cannot write {args.dump_dtb}: {error.strerror}") from error
         return ExitCode.POWER_OFF
-    _configure_logging(args.verbose)
-    from uvloop import run as run_loop
+    from avmm.cli import attach
 
-    return run_loop(_boot(config, args.timeout, args.timing))
-
-
-def _configure_logging(verbose: int) -> None:
-    import logging
-
-    import structlog
-
-    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="%H:%M:%S.%f"),
-            structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"]),
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
-
-
-async def _boot(config: VmConfig, timeout: float | None, timing: bool) -> int:
-    from avmm.cli import terminal
-    from avmm.vm import VirtualMachine
-
-    loop = asyncio.get_running_loop()
-    quitting: asyncio.Future[int] = loop.create_future()
-
-    def quit(code: int) -> None:
-        if not quitting.done():
-            quitting.set_result(code)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        loop.add_signal_handler(number, quit, ExitCode.SIGNAL + number)
-    stdin, stdout = 0, 1
-    # A reader that went away is a SIGPIPE to any other program.
-    output = terminal.Output(stdout, on_broken=lambda: quit(ExitCode.SIGNAL + signal.SIGPIPE))
-    vm = VirtualMachine(config, keep_output=_KEEP)
-    vm.console.listen(output.write)
-    output.on_full = vm.hold_output
-    async with contextlib.AsyncExitStack() as stack:
-        stack.callback(output.flush)
-        await stack.enter_async_context(vm)
-        keys = None
-        if os.isatty(stdin):
-            keys = terminal.EscapeKey(lambda: quit(ExitCode.POWER_OFF), lambda: terminal.say(terminal.HELP))
-            terminal.say("avmm: Ctrl-A x quits, Ctrl-A h helps")
-            stack.enter_context(terminal.raw_mode(stdin))
-        typing = asyncio.create_task(_type(vm, stdin, keys))
-        ending = asyncio.create_task(vm.wait())
-        try:
-            await asyncio.wait((ending, quitting), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            typing.cancel()
-            await asyncio.gather(typing, return_exceptions=True)
-        if not ending.done():
-            ending.cancel()
-            await asyncio.gather(ending, return_exceptions=True)
-    if ending.done() and not ending.cancelled():
-        code = _explain(ending.result())
-    elif quitting.done():
-        code = quitting.result()
-    else:
-        terminal.say(f"avmm: the guest was still running after {timeout:g} s")
-        code = ExitCode.TIMEOUT
-    if timing:
-        _print_timing(vm)
-    return code
-
-
-async def _type(vm: VirtualMachine, fd: int, keys: Any) -> None:
-    from avmm.cli.terminal import read_input
-
-    async for data in read_input(fd):
-        vm.console.write(keys.feed(data) if keys else data)
-        await vm.console.drain()
-
-
-def _explain(outcome: Outcome) -> int:
-    from avmm.cli.terminal import say
-    from avmm.errors import GuestError, GuestPanic
-
-    if outcome.error is None:
-        return ExitCode.POWER_OFF
-    say(f"avmm: {outcome.error}")
-    if isinstance(outcome.error, GuestPanic):
-        return ExitCode.PANIC
-    return ExitCode.GUEST if isinstance(outcome.error, GuestError) else ExitCode.HOST
-
-
-def _print_timing(vm: VirtualMachine) -> None:
-    from avmm.cli.terminal import say
-
-    began = _process_start()
-    for name, moment in vm.timeline.items():
-        say(f"{moment - began:9.3f} s  {name}")
-    for kind, count in sorted(vm.counters()["exits"].items(), key=lambda item: -item[1]):
-        if count:
-            say(f"{count:9d}    {kind} exits")
-
-
-def _process_start() -> float:
-    """When this process started, on time.monotonic()'s clock."""
-    try:
-        with open("/proc/self/stat", "rb") as file:
-            # Field 22, counted after the command's name, which may hold spaces: start time in clock ticks since boot.
-            ticks = int(file.read().rpartition(b")")[2].split()[19])
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError):  # not Linux: the moment the interpreter began to count CPU time is close enough
-        age = time.process_time()
-    return time.monotonic() - age
+    attach.configure_logging(args.verbose)
+    return attach.run(config, args.timeout, args.timing)

@@ -42,7 +42,6 @@ def refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
 KERNELS = {
     "empty": b"",
     "truncated header": image()[:40],
-    "truncated body": image()[:64],
     "x86 bzImage": bytes(0x1FE) + b"\x55\xaa" + b"\xeb\x66HdrS" + bytes(4096),
     "32-bit zImage": bytes(0x24) + struct.pack("<I", 0x016F2818) + bytes(4096),
     "x86 ELF": b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HH", 2, 62) + bytes(4096),

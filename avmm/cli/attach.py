@@ -1,0 +1,125 @@
+"""A guest attached to this terminal, or to whatever stdin and stdout are: what ``avmm boot`` runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+
+import structlog
+import uvloop
+
+from avmm.cli.exitcodes import ExitCode
+from avmm.cli.terminal import HELP, EscapeKey, Output, raw_mode, read_input, say
+from avmm.config import VmConfig
+from avmm.errors import GuestError, GuestPanic
+from avmm.vm import Outcome, VirtualMachine
+
+#: Output kept for error messages; stdout has it all.
+_KEEP = 1 << 16
+
+
+def run(config: VmConfig, timeout: float | None, timing: bool) -> int:
+    """Boot and stay until the guest ends, the user quits or ``timeout`` seconds have passed; the exit code."""
+    return uvloop.run(_boot(config, timeout, timing))
+
+
+def configure_logging(verbose: int) -> None:
+    """Send what avmm logs to stderr: warnings, from 1 on information, from 2 on everything."""
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="%H:%M:%S.%f"),
+            structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"]),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+async def _boot(config: VmConfig, timeout: float | None, timing: bool) -> int:
+    loop = asyncio.get_running_loop()
+    quitting: asyncio.Future[int] = loop.create_future()
+
+    def quit(code: int) -> None:
+        if not quitting.done():
+            quitting.set_result(code)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, quit, ExitCode.SIGNAL + number)
+    stdin, stdout = 0, 1
+    # A reader that went away is a SIGPIPE to any other program.
+    output = Output(stdout, on_broken=lambda: quit(ExitCode.SIGNAL + signal.SIGPIPE))
+    vm = VirtualMachine(config, keep_output=_KEEP)
+    vm.console.listen(output.write)
+    output.on_full = vm.hold_output
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(output.flush)
+        await stack.enter_async_context(vm)
+        keys = None
+        if os.isatty(stdin):
+            keys = EscapeKey(lambda: quit(ExitCode.POWER_OFF), lambda: say(HELP))
+            say("avmm: Ctrl-A x quits, Ctrl-A h helps")
+            stack.enter_context(raw_mode(stdin))
+        typing = asyncio.create_task(_type(vm, stdin, keys))
+        ending = asyncio.create_task(vm.wait())
+        try:
+            await asyncio.wait((ending, quitting), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            typing.cancel()
+            await asyncio.gather(typing, return_exceptions=True)
+        if not ending.done():
+            ending.cancel()
+            await asyncio.gather(ending, return_exceptions=True)
+    if ending.done() and not ending.cancelled():
+        code = _explain(ending.result())
+    elif quitting.done():
+        code = quitting.result()
+    else:
+        say(f"avmm: the guest was still running after {timeout:g} s")
+        code = ExitCode.TIMEOUT
+    if timing:
+        _print_timing(vm)
+    return code
+
+
+async def _type(vm: VirtualMachine, fd: int, keys: EscapeKey | None) -> None:
+    async for data in read_input(fd):
+        vm.console.write(keys.feed(data) if keys else data)
+        await vm.console.drain()
+
+
+def _explain(outcome: Outcome) -> int:
+    if outcome.error is None:
+        return ExitCode.POWER_OFF
+    say(f"avmm: {outcome.error}")
+    if isinstance(outcome.error, GuestPanic):
+        return ExitCode.PANIC
+    return ExitCode.GUEST if isinstance(outcome.error, GuestError) else ExitCode.HOST
+
+
+def _print_timing(vm: VirtualMachine) -> None:
+    began = _process_start()
+    for name, moment in vm.timeline.items():
+        say(f"{moment - began:9.3f} s  {name}")
+    for kind, count in sorted(vm.counters()["exits"].items(), key=lambda item: -item[1]):
+        if count:
+            say(f"{count:9d}    {kind} exits")
+
+
+def _process_start() -> float:
+    """When this process started, on time.monotonic()'s clock."""
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            # Field 22, counted after the command's name, which may hold spaces: start time in clock ticks since boot.
+            ticks = int(file.read().rpartition(b")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):  # not Linux: the moment the interpreter began to count CPU time is close enough
+        age = time.process_time()
+    return time.monotonic() - age
