@@ -142,8 +142,8 @@ void main(const void *device_tree)
     // One address, two pages by turns: no code is rewritten, the mapping is.
     code[0] = MOVZ(11);
     other_code[0] = MOVZ(22);
-    synchronise((u64)code, BASE + 2 * 4096);
-    synchronise((u64)other_code, BASE + 2 * 4096);
+    synchronise((u64)code, (u64)code);
+    synchronise((u64)other_code, (u64)other_code);
     failures = 0;
     for (u64 i = 0; i < n; i++) {
         level3[2] = 0;
