@@ -56,10 +56,10 @@ enum { fast = false };
 
 /* ---- Exclusives -------------------------------------------------------------------------------------------------- */
 
+/* If `p` holds `expected` store `desired`; `expected` becomes what it held. */
 #if defined(__x86_64__)
 __attribute__((target("cx16")))
 #endif
-/* If `p` holds `expected` store `desired`; `expected` becomes what it held. */
 static bool compare_swap_128(void *p, uint64_t expected[2], const uint64_t desired[2]) {
     uint128 want = (uint128)expected[1] << 64 | expected[0], new = (uint128)desired[1] << 64 | desired[0];
     uint128 old = __sync_val_compare_and_swap((uint128 *)p, want, new);
