@@ -47,7 +47,7 @@ class Subject:
         self._write_tables()
         self._vm = Softhv()
         self._vm.map(Region(BASE, self.ram))
-        self._vcpu = self._vm.create_vcpu()
+        self.vcpu = self._vm.create_vcpu()
         for encoding, value in (
             (MAIR, 0xFF),  # attribute 0: normal, write-back
             (TCR, 25 | 1 << 8 | 1 << 10 | 3 << 12 | 1 << 23 | 2 << 32),  # 39 bits, 4 KiB, TTBR1 off, 40-bit PAs
@@ -56,9 +56,9 @@ class Subject:
             (CPACR, 3 << 20),
             (SCTLR, 0x30D0_0800 | 1 << 12 | 1 << 2 | 1),  # RES1 and SPAN, I, C, M
         ):
-            self._vcpu.set_sysreg(encoding, value)
-        self._handle = self._vcpu._handle  # the C interface: twice as fast as the methods
-        self._exit = self._vcpu._exit
+            self.vcpu.set_sysreg(encoding, value)
+        self._handle = self.vcpu._handle  # the C interface: twice as fast as the methods
+        self._exit = self.vcpu._exit
         self._x = ffi.new("uint64_t[31]")
         self._x_at = [(index, self._x + index) for index in range(31)]
         self._vector = ffi.new("uint8_t[512]")
@@ -75,7 +75,7 @@ class Subject:
         seen = 0
         while not self._closing.wait(3):
             if seen == self._started != self._ended:
-                self._vcpu.kick()
+                self.vcpu.kick()
             seen = self._started
 
     def _write_tables(self) -> None:
@@ -170,5 +170,5 @@ class Subject:
         """Destroy the vCPU and the VM."""
         self._closing.set()
         self._watchdog.join()
-        self._vcpu.close()
+        self.vcpu.close()
         self._vm.close()
