@@ -76,7 +76,7 @@ bool softhv_insn(uint32_t index, softhv_insn_t *insn) {
     return true;
 }
 
-OP(undefined) { return exc_undef(c, u); }
+OP(undefined) { return exc_unimplemented(c, u); }
 
 /* What a block ends with when its last instruction can fall through. */
 OP(end_of_block) {
@@ -85,7 +85,7 @@ OP(end_of_block) {
 }
 
 /* Whether decoding goes on after it. */
-static bool decode(struct uop *u, uint32_t insn, uint16_t off) {
+static bool decode(struct uop *u, uint32_t insn, uint8_t off) {
     uint32_t top = insn >> (32 - TOP_BITS);
     for (uint32_t i = index_of[top]; i < index_of[top + 1]; i++) {
         const struct row *row = &a64_rows[candidates[i]];
@@ -108,10 +108,12 @@ void decode_block(struct block *block, uint64_t pa, const uint8_t *host) {
     do {
         uint32_t insn;
         memcpy(&insn, host + 4 * count, 4);
-        more = decode(&block->uops[count], insn, (uint16_t)(4 * count));
+        more = decode(&block->uops[count], insn, (uint8_t)(4 * count));
         count++;
     } while (more && count < room);
-    block->uops[count] = (struct uop){.fn = t_end_of_block, .row = UINT16_MAX, .off = (uint16_t)(4 * count)};
+    block->uops[count] = (struct uop){.fn = t_end_of_block, .row = UINT16_MAX, .off = (uint8_t)(4 * count)};
+    for (uint32_t i = 0; i < count; i++)
+        block->uops[i].left = (uint8_t)(count - 1 - i);
     block->pa = pa;
     block->count = count;
 }

@@ -74,7 +74,8 @@ struct uop {
     const struct uop *(*fn)(struct vcpu *, const struct uop *); /* threaded entry: runs this and all that follow */
     uint32_t insn;
     uint16_t row;  /* of the decode table */
-    uint16_t off;  /* bytes from the block's first instruction */
+    uint8_t off;   /* bytes from the block's first instruction */
+    uint8_t left;  /* instructions after it in the block */
     uint8_t rd, rn, rm, ra; /* indexes into x[] (resolved as above) or v[] */
     uint32_t aux;  /* whatever the form wants */
     uint64_t imm;
@@ -153,12 +154,12 @@ extern const uint16_t condition_sets[16];
 
 /* ---- Blocks ------------------------------------------------------------------------------------------------- */
 
-enum { PAGE_BITS = 12, PAGE_SIZE = 1 << PAGE_BITS, BLOCK_MAX = 64 /* instructions; a block stays in its 4 KiB page */ };
+enum { PAGE_BITS = 12, PAGE_SIZE = 1 << PAGE_BITS, BLOCK_MAX = 63 /* instructions, for uop.off; a block stays in its 4 KiB page */ };
 
 /* Immutable once published. Keyed by physical address: the same block serves every mapping. */
 struct block {
     uint64_t pa;
-    uint32_t count;       /* instructions */
+    uint32_t count;       /* instructions; it may be left before the end: uop.left */
     uint32_t unused;
     struct block *bucket; /* next in the hash bucket */
     struct block *page;   /* next in the code page's list */
@@ -288,6 +289,11 @@ struct vcpu {
 static inline uint64_t pc_of(const struct vcpu *c, const struct uop *u) { return c->block_pc + u->off; }
 /* Leave the block for `target`. */
 static inline bool branch_to(struct vcpu *c, uint64_t target) { c->pc = target; return false; }
+/* The same from inside the block: the rest of it was not run. */
+static inline bool leave_for(struct vcpu *c, const struct uop *u, uint64_t target) {
+    c->budget += u->left;
+    return branch_to(c, target);
+}
 /* Look at interrupts, time and requests before the next block. */
 static inline void force_poll(struct vcpu *c) { c->slice -= c->budget; c->budget = 0; }
 
@@ -361,7 +367,8 @@ uint64_t mmu_asid(const struct vcpu *c);
 
 /* ---- exception.c: all return false, so that an op can `return exc_...` ------------------------------------------ */
 
-bool exc_undef(struct vcpu *c, const struct uop *u);             /* EC 0, counted as unimplemented when so */
+bool exc_undef(struct vcpu *c, const struct uop *u);             /* EC 0 */
+bool exc_unimplemented(struct vcpu *c, const struct uop *u);     /* the same, counted: nobody knows this one */
 bool exc_sysreg_trap(struct vcpu *c, const struct uop *u, uint32_t iss); /* EC 0x18 to EL1 */
 bool exc_fp_access(struct vcpu *c, const struct uop *u);         /* EC 0x07 */
 bool exc_svc(struct vcpu *c, const struct uop *u, uint16_t imm); /* EC 0x15, return address after it */

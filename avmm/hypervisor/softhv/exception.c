@@ -69,6 +69,7 @@ static void take(struct vcpu *c, uint64_t return_address, unsigned vector) {
     pstate_changed(c);
     c->pc = c->sys.vbar + from + vector;
     c->counters.exceptions++;
+    c->budget--; /* or a vector that faults at once would never look at the time */
 }
 
 static bool take_sync(struct vcpu *c, uint64_t return_address, unsigned ec, uint32_t iss) {
@@ -82,27 +83,35 @@ void exc_interrupt(struct vcpu *c, bool fiq) {
     take(c, c->pc, fiq ? VECTOR_FIQ : VECTOR_IRQ);
 }
 
-bool exc_undef(struct vcpu *c, const struct uop *u) {
+/* Of an instruction: it and the rest of its block are not retired. */
+static bool take_from(struct vcpu *c, const struct uop *u, unsigned ec, uint32_t iss) {
+    c->budget += u->left + 1;
+    return take_sync(c, pc_of(c, u), ec, iss);
+}
+
+bool exc_undef(struct vcpu *c, const struct uop *u) { return take_from(c, u, EC_UNKNOWN, 0); }
+
+bool exc_unimplemented(struct vcpu *c, const struct uop *u) {
     c->counters.undefined++;
     c->counters.undefined_insn = u->insn;
-    return take_sync(c, pc_of(c, u), EC_UNKNOWN, 0);
+    return exc_undef(c, u);
 }
 
 bool exc_sysreg_trap(struct vcpu *c, const struct uop *u, uint32_t iss) {
-    return take_sync(c, pc_of(c, u), EC_SYSREG, iss);
+    return take_from(c, u, EC_SYSREG, iss);
 }
 
 bool exc_fp_access(struct vcpu *c, const struct uop *u) {
-    return take_sync(c, pc_of(c, u), EC_FP, 1u << 24 | 0xe << 20); /* CV, COND as for A64 */
+    return take_from(c, u, EC_FP, 1u << 24 | 0xe << 20); /* CV, COND as for A64 */
 }
 
 bool exc_wfx(struct vcpu *c, const struct uop *u, bool wfe) {
-    return take_sync(c, pc_of(c, u), EC_WFX, 1u << 24 | 0xe << 20 | wfe);
+    return take_from(c, u, EC_WFX, 1u << 24 | 0xe << 20 | wfe);
 }
 
 bool exc_svc(struct vcpu *c, const struct uop *u, uint16_t imm) { return take_sync(c, pc_of(c, u) + 4, EC_SVC, imm); }
 
-bool exc_brk(struct vcpu *c, const struct uop *u, uint16_t imm) { return take_sync(c, pc_of(c, u), EC_BRK, imm); }
+bool exc_brk(struct vcpu *c, const struct uop *u, uint16_t imm) { return take_from(c, u, EC_BRK, imm); }
 
 bool exc_illegal_state(struct vcpu *c) { return take_sync(c, c->pc, EC_ILLEGAL, 0); }
 
@@ -111,11 +120,11 @@ bool exc_pc_alignment(struct vcpu *c, uint64_t pc) {
     return take_sync(c, pc, EC_PC, 0);
 }
 
-bool exc_sp_alignment(struct vcpu *c, const struct uop *u) { return take_sync(c, pc_of(c, u), EC_SP, 0); }
+bool exc_sp_alignment(struct vcpu *c, const struct uop *u) { return take_from(c, u, EC_SP, 0); }
 
 bool exc_data_abort(struct vcpu *c, const struct uop *u, uint64_t va, uint32_t dfsc, bool write, bool cm) {
     c->sys.far = va;
-    return take_sync(c, pc_of(c, u), c->el ? EC_DABT : EC_DABT_LOWER, dfsc | (uint32_t)write << 6 | (uint32_t)cm << 8);
+    return take_from(c, u, c->el ? EC_DABT : EC_DABT_LOWER, dfsc | (uint32_t)write << 6 | (uint32_t)cm << 8);
 }
 
 bool exc_prefetch_abort(struct vcpu *c, uint64_t va, uint32_t ifsc) {

@@ -469,9 +469,9 @@ OP(rmif) {
 DEFINE_SETF(8)
 DEFINE_SETF(16)
 
-/* ---- Branches: not taken, they fall through to what ends the block ----------------------------------------------- */
+/* ---- Branches: a conditional one that is not taken goes on with the block ------------------------------------------ */
 
-#define BRANCH_IF(condition) return (condition) ? branch_to(c, c->block_pc + u->imm) : true
+#define BRANCH_IF(condition) return (condition) ? leave_for(c, u, c->block_pc + u->imm) : true
 
 OP(b) { return branch_to(c, c->block_pc + u->imm); }
 OP(b_cond) { BRANCH_IF(holds(c, u)); }

@@ -38,7 +38,6 @@ bool form_daif_imm(struct uop *u, uint32_t insn) {
 
 OP(svc) { return exc_svc(c, u, (uint16_t)u->imm); }
 OP(brk) { return exc_brk(c, u, (uint16_t)u->imm); }
-OP(udf) { return exc_undef(c, u); } /* also HLT and DCPS, which need a debugger, and what needs EL2 or EL3 */
 
 OP(hvc) {
     if (c->el == 0)

@@ -42,8 +42,8 @@ static const uint64_t clidr = 0x02000023; /* L1 I+D, L2 unified; LoC 2; LoUU and
 static const uint64_t aa64pfr0 = UINT64_C(1) << 60 /* CSV3 */ | UINT64_C(3) << 56 /* CSV2_3 */ | 1 << 24 /* GIC */ |
                                  1 << 4 | 1; /* EL1, EL0: AArch64 only; FP and AdvSIMD: 0, implemented */
 static const uint64_t aa64dfr0 = UINT64_C(1) << 28 /* CTX_CMPs */ | 1 << 20 /* WRPs */ | 1 << 12 /* BRPs */ | 6;
-static const uint64_t aa64isar0 = UINT64_C(1) << 44 /* DotProd */ | 1 << 28 /* RDM */ | 2 << 20 /* LSE */ |
-                                  1 << 16 /* CRC32 */ | 1 << 12 /* SHA256 */ | 1 << 8 /* SHA1 */ | 2 << 4 /* AES, PMULL */;
+static const uint64_t aa64isar0 = UINT64_C(1) << 52 /* FlagM */ | UINT64_C(1) << 44 /* DotProd */ | 1 << 28 /* RDM */ |
+                                  2 << 20 /* LSE */ | 1 << 16 /* CRC32 */ | 1 << 12 /* SHA256 */ | 1 << 8 /* SHA1 */ | 2 << 4 /* AES, PMULL */;
 static const uint64_t aa64isar1 = UINT64_C(1) << 36 /* SB */ | 1 << 20 /* LRCPC */ | 1 /* DPB */;
 static const uint64_t aa64mmfr0 = 1 << 20 /* 16 KiB granule; 4 and 64 KiB: 0 */ | 2 << 4 /* 16-bit ASIDs */ | 2 /* 40 bits */;
 static const uint64_t aa64mmfr1 = 2 << 20 /* PAN2 */;
@@ -341,13 +341,13 @@ static bool accessible(struct vcpu *c, const struct uop *u, uint32_t reg, bool w
 bool sysreg_mrs(struct vcpu *c, const struct uop *u, uint32_t reg, uint64_t *value) {
     if (!accessible(c, u, reg, false))
         return false;
-    return read_reg(c, reg, value) || exc_undef(c, u);
+    return read_reg(c, reg, value) || exc_unimplemented(c, u);
 }
 
 bool sysreg_msr(struct vcpu *c, const struct uop *u, uint32_t reg, uint64_t value) {
     if (!accessible(c, u, reg, true))
         return false;
-    return write_reg(c, reg, value) || exc_undef(c, u);
+    return write_reg(c, reg, value) || exc_unimplemented(c, u);
 }
 
 /* ---- The host's side ------------------------------------------------------------------------------------------------------ */
