@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from avmm.aio import outlast
 from avmm.bus import Bus
@@ -97,6 +97,14 @@ class Counters:
     undefined: int = 0  # undefined instruction exceptions injected
 
 
+class Tracer(Protocol):
+    """Who wants to see each exit: :class:`avmm.trace.VcpuTrack`."""
+
+    def runner(self, vcpu: Vcpu) -> Callable[[], int]:
+        """What to call in the place of ``vcpu.run``. On the vCPU's thread, each time it is about to run the guest."""
+        ...
+
+
 class VcpuLoop:
     """vCPU ``index`` of a VM. Made and used on the event loop's thread; ``lock`` is the VM's.
 
@@ -143,6 +151,7 @@ class VcpuLoop:
         self._sctlr_at_reset = 0
         self._wfe_run = 0
         self._wfe_others = 0
+        self.tracer: Tracer | None = None
 
     # The coroutine.
 
@@ -275,7 +284,7 @@ class VcpuLoop:
         vcpu = self._vcpu
         assert vcpu is not None
         # This loop is every exit's price: locals, one lock round per exit, each field of the frame read once.
-        run = vcpu.run
+        run = vcpu.run if self.tracer is None else self.tracer.runner(vcpu)
         frame = vcpu.frame
         parking = self.parking
         lock = self._lock
@@ -288,6 +297,7 @@ class VcpuLoop:
         try:
             with lock:
                 self._begin(vcpu)
+                parking.stats.entering()
             while True:
                 with lock:
                     if self._vtimer_masked:
@@ -524,3 +534,8 @@ class VcpuLoop:
     def mode(self) -> Mode:
         """What the vCPU is doing now."""
         return self.parking.mode
+
+    @property
+    def cpu_ns(self) -> int | None:
+        """CPU time of the vCPU's thread, in nanoseconds; None while it has none."""
+        return None if self._thread is None else self._thread.cpu_ns

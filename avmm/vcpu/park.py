@@ -25,6 +25,8 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Final, Protocol
 
+from avmm.vcpu.stats import WakeStats
+
 
 class Mode(IntEnum):
     """What a vCPU is doing."""
@@ -79,7 +81,7 @@ class Parking:
 
     __slots__ = (
         "_future", "_loop", "_loop_thread", "_timers",
-        "attention", "deadline", "entered", "irq", "kick", "lock", "mode", "wakes",
+        "attention", "deadline", "entered", "irq", "kick", "lock", "mode", "on_irq", "stats", "wakes",
     )  # fmt: skip
 
     def __init__(self, lock: threading.RLock, loop: asyncio.AbstractEventLoop, timers: Timers) -> None:
@@ -91,6 +93,8 @@ class Parking:
         self.deadline: int | None = None  # of the latest park: nanoseconds of the monotonic clock
         self.kick: Callable[[], None] = lambda: None
         self.wakes = [0] * len(Cause)
+        self.stats = WakeStats()
+        self.on_irq: Callable[[bool], None] | None = None  # a tracer that wants to know the IRQ input's level
         self._loop = loop
         self._loop_thread = threading.get_ident()
         self._timers = timers
@@ -119,6 +123,8 @@ class Parking:
     def irq_changed(self, level: bool) -> None:
         """The IRQ input is now ``level``. The caller holds the lock."""
         self.irq = level
+        if self.on_irq is not None:
+            self.on_irq(level)
         if level:
             if self.mode is Mode.PARKED:
                 self._wake(Cause.IRQ)
@@ -160,6 +166,7 @@ class Parking:
     def _wake(self, cause: Cause) -> None:
         self.mode = Mode.RUNNING
         self.wakes[cause] += 1
+        self.stats.wake(self.deadline if cause is Cause.TIMER else None)
         future, self._future = self._future, None
         if future is None:
             return  # the coroutine is still on its way to wait(), which will look at the mode

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, Final, TypeVar
 
+from avmm.vcpu.stats import thread_cpu_ns
+
 T = TypeVar("T")
 
 #: Signals that a fault of this very thread raises; blocking them would only hide where it happened.
@@ -28,6 +30,11 @@ class VcpuThread:
         # Daemon: a program that abandons its event loop must still be able to end.
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
+
+    @property
+    def cpu_ns(self) -> int | None:
+        """CPU time used, in nanoseconds; None once it has ended."""
+        return thread_cpu_ns(self._thread)
 
     def submit(self, function: Callable[[], T]) -> asyncio.Future[T]:
         """Call ``function`` on the thread. Cancelling the future does not keep it from being called."""
