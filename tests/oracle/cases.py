@@ -213,11 +213,6 @@ def is_atomic(word: int) -> bool:
     return word >> 24 & 0x3F == 0b111000 and word >> 21 & 1 == 1 and word >> 10 & 3 == 0
 
 
-def is_rcpc_unscaled(word: int) -> bool:
-    """LDAPUR and STLUR."""
-    return word >> 24 & 0x3F == 0b011001 and word >> 21 & 1 == 0 and word >> 10 & 3 == 0
-
-
 def is_register_offset(word: int) -> bool:
     """A load or store at base plus register."""
     return word >> 27 & 7 == 7 and word >> 24 & 3 == 0 and word >> 21 & 1 == 1 and word >> 10 & 3 == 2
@@ -274,9 +269,6 @@ def point_into_scratch(word: int, before: Registers, rng: random.Random) -> list
     address = SCRATCH + 0x4000 + rng.randrange(0x4000)
     if aligned or rng.random() < 0.6:
         address &= ~15
-    if is_rcpc_unscaled(word):  # unaligned ones fault, see test_alignment
-        size = 1 << (word >> 30)
-        address = (address & ~15) - (word >> 12 & 0x1FF) % size
     if rng.random() < 0.03:
         address = rng.choice((0, 0x1000, 1 << 40, 0xFFFF_0000_0000_0000, rng.getrandbits(64))) & ~15
     if base == 31:

@@ -217,6 +217,14 @@ class Comparison:
             if self.reference.run(address, one.before, one.vectors, count=len(one.words)).outcome is Outcome.DONE
         ]
 
+    def not_undefined(self, cases: list[Case]) -> list[int]:
+        """The first words of those of up to BATCH cases that are anything but UNDEFINED to softhv."""
+        return [
+            one.words[0]
+            for one, address in self._place(cases)
+            if self.subject.run(address, one.before, one.vectors).outcome is not Outcome.UNDEFINED
+        ]
+
     def _place(self, cases: list[Case]) -> Iterator[tuple[Case, int]]:
         """Put programs into memory, yield each with its address, take them out again."""
         if not cases:

@@ -18,7 +18,6 @@ from tests.oracle.cases import (
     is_compare_and_swap,
     is_exclusive,
     is_memory,
-    is_rcpc_unscaled,
     is_register_offset,
     is_vector,
 )
@@ -104,10 +103,8 @@ def aim(word: int) -> int | None:
         return None if target in RESERVED else word
     if RESERVED & {target, second, third}:
         return None
-    steady = is_exclusive(word) or is_atomic(word) or is_rcpc_unscaled(word)
+    steady = is_exclusive(word) or is_atomic(word)
     word = word & ~(31 << 5) | (ALIGNED if steady else BASE) << 5
-    if is_rcpc_unscaled(word):
-        word &= ~(0x1FF << 12)
     if is_register_offset(word):
         word = word & ~(31 << 16) | INDEX << 16 | 3 << 13  # LSL or SXTX
     elif is_structure_with_index(word):

@@ -15,7 +15,6 @@ from tests.oracle.cases import (
     is_atomic,
     is_exclusive,
     is_memory,
-    is_rcpc_unscaled,
     is_vector,
 )
 from tests.oracle.compare import Comparison
@@ -47,12 +46,10 @@ def at_the_end(row: Row, word: int, values: Values, rng: random.Random) -> Case:
     """An access that ends at, crosses or begins at the end of memory, give or take what the encoding adds."""
     before = values.registers(0)
     before.x = [value if rng.random() < 0.5 else rng.randrange(64) for value in before.x]
-    steady = is_exclusive(word) or is_atomic(word) or is_rcpc_unscaled(word)
+    steady = is_exclusive(word) or is_atomic(word)
     address = END - rng.randrange(-16, 80)
     if steady or word >> 5 & 31 == 31:
         address &= ~15
-    if is_rcpc_unscaled(word):
-        word &= ~(0x1FF << 12)
     if word >> 5 & 31 == 31:
         before.sp = address
     else:

@@ -193,9 +193,14 @@ def oracle(code: bytes, fpcr: int, fpsr: int, data: bytes) -> bytes:
     uc.mem_write(CODE, code)
     uc.mem_write(DATA, data)
     out = DATA + len(data)
-    for register, value in ((reg.UC_ARM64_REG_X0, DATA), (reg.UC_ARM64_REG_X1, out), (reg.UC_ARM64_REG_X2, count),
-                            (reg.UC_ARM64_REG_X3, fpcr), (reg.UC_ARM64_REG_X4, fpsr),
-                            (reg.UC_ARM64_REG_CPACR_EL1, 3 << 20)):
+    for register, value in (
+        (reg.UC_ARM64_REG_X0, DATA),
+        (reg.UC_ARM64_REG_X1, out),
+        (reg.UC_ARM64_REG_X2, count),
+        (reg.UC_ARM64_REG_X3, fpcr),
+        (reg.UC_ARM64_REG_X4, fpsr),
+        (reg.UC_ARM64_REG_CPACR_EL1, 3 << 20),
+    ):
         uc.reg_write(register, value)
     uc.emu_start(CODE, CODE + loop_end(code))
     return bytes(uc.mem_read(out, count * 16))
