@@ -19,7 +19,8 @@ enum { HV_SYS_REG_CNTV_CTL_EL0 = 0xdf19, HV_SYS_REG_CNTV_CVAL_EL0 = 0xdf1a };
 
 /* ESR_EL2 (D17.2.37) */
 enum { EC_WFX = 0x01, EC_HVC = 0x16, EC_SMC = 0x17, EC_SYSREG = 0x18, EC_IABT = 0x20, EC_DABT = 0x24 };
-enum { DABT_ISV = 1 << 24, DABT_SSE = 1 << 21, DABT_SF = 1 << 15, DABT_CM = 1 << 8, DABT_S1PTW = 1 << 7, DABT_WNR = 1 << 6 };
+enum { DABT_ISV = 1 << 24, DABT_SSE = 1 << 21, DABT_SF = 1 << 15 };
+enum { DABT_CM = 1 << 8, DABT_S1PTW = 1 << 7, DABT_WNR = 1 << 6 };
 enum { XZR = 31 };
 
 static uint64_t get_reg(hv_vcpu_t vcpu, uint32_t reg) {

@@ -42,7 +42,7 @@ enum { HV_MEMORY_READ = 1, HV_MEMORY_WRITE = 2, HV_MEMORY_EXEC = 4 };
 enum { HV_EXIT_REASON_CANCELED, HV_EXIT_REASON_EXCEPTION, HV_EXIT_REASON_VTIMER_ACTIVATED, HV_EXIT_REASON_UNKNOWN };
 enum { HV_INTERRUPT_TYPE_IRQ, HV_INTERRUPT_TYPE_FIQ };
 
-/* ---- The register file ------------------------------------------------------------------------------------ */
+/* ---- The register file ------------------------------------------------------------------------------------------ */
 
 /*
  * Register number 31 is SP or XZR by instruction. The decoder resolves it, so that no op ever tests for 31:
@@ -67,7 +67,7 @@ struct vm;
 struct vcpu;
 struct block;
 
-/* ---- Decoded instructions ---------------------------------------------------------------------------------- */
+/* ---- Decoded instructions --------------------------------------------------------------------------------------- */
 
 /* One per instruction, in a row per block; the row ends with an `end of block` uop. */
 struct uop {
@@ -145,28 +145,35 @@ static inline int64_t sbits(uint32_t insn, unsigned low, unsigned count) {
     return (int64_t)((uint64_t)insn << (64 - low - count)) >> (64 - count);
 }
 /* A 5-bit register field as an index into x[]. */
-static inline uint8_t reg_zr(uint32_t insn, unsigned low) { uint8_t r = bits(insn, low, 5); return r == 31 ? R_ZR : r; }
-static inline uint8_t reg_dst(uint32_t insn, unsigned low) { uint8_t r = bits(insn, low, 5); return r == 31 ? R_SINK : r; }
+static inline uint8_t reg_zr(uint32_t insn, unsigned low) {
+    return bits(insn, low, 5) == 31 ? R_ZR : bits(insn, low, 5);
+}
+static inline uint8_t reg_dst(uint32_t insn, unsigned low) {
+    return bits(insn, low, 5) == 31 ? R_SINK : bits(insn, low, 5);
+}
 static inline uint8_t reg_sp(uint32_t insn, unsigned low) { return bits(insn, low, 5); }
 
 /* exec_int.c: the values of NZCV for which a condition holds, a bit for each; testing one is a shift by NZCV. */
 extern const uint16_t condition_sets[16];
 
-/* ---- Blocks ------------------------------------------------------------------------------------------------- */
+/* ---- Blocks ----------------------------------------------------------------------------------------------------- */
 
-enum { PAGE_BITS = 12, PAGE_SIZE = 1 << PAGE_BITS, BLOCK_MAX = 63 /* instructions, for uop.off; a block stays in its 4 KiB page */ };
+enum {
+    PAGE_BITS = 12, /* of RAM as the engine sees it; a block stays in its page */
+    PAGE_SIZE = 1 << PAGE_BITS,
+    BLOCK_MAX = 63 /* instructions: uop.off is a byte */
+};
 
 /* Immutable once published. Keyed by physical address: the same block serves every mapping. */
 struct block {
     uint64_t pa;
     uint32_t count;       /* instructions; it may be left before the end: uop.left */
-    uint32_t unused;
     struct block *bucket; /* next in the hash bucket */
     struct block *page;   /* next in the code page's list */
     struct uop uops[];    /* count, then the end-of-block uop */
 };
 
-/* ---- The TLB ------------------------------------------------------------------------------------------------ */
+/* ---- The TLB ---------------------------------------------------------------------------------------------------- */
 
 enum { TLB_BITS = 9, TLB_SIZE = 1 << TLB_BITS };
 enum { MMU_EL0, MMU_EL1, MMU_EL1_PAN, MMU_COUNT }; /* whose permissions: the index of a bank */
@@ -201,7 +208,7 @@ struct jump_entry {
 enum { JUMP_ROW = 1 << (PAGE_BITS - 2) };
 static inline unsigned jump_index(uint64_t pc) { return ((pc >> 2) ^ (pc >> 13)) & (JUMP_SIZE - 1); }
 
-/* ---- System registers that hold plain state (the rest is computed in sysreg.c) ------------------------------- */
+/* ---- System registers that hold plain state (the rest is computed in sysreg.c) ---------------------------------- */
 
 struct sysregs {
     uint64_t sctlr, actlr, cpacr, ttbr0, ttbr1, tcr, mair, amair, vbar, contextidr;
@@ -215,7 +222,7 @@ struct sysregs {
     uint64_t id[64]; /* op0=3 op1=0 CRn=0: by CRm * 8 + op2 */
 };
 
-/* ---- The vCPU ------------------------------------------------------------------------------------------------ */
+/* ---- The vCPU --------------------------------------------------------------------------------------------------- */
 
 /* Reasons to look up from guest code; bits of vcpu.poll, set by any thread. */
 enum {
@@ -235,7 +242,7 @@ struct vcpu {
     int32_t slice;      /* what budget started from: slice - budget have run */
     _Atomic uint32_t poll;
     uint32_t daif;      /* PSTATE.DAIF in bits 9:6 */
-    uint8_t el, spsel, pan, uao, dit, ssbs, il, ss;
+    uint8_t el, spsel, pan, uao, ssbs, il;
     uint8_t mmu_idx;    /* of plain loads and stores: MMU_* by el and pan */
     bool fp_trap;       /* FP/SIMD instructions trap at this EL: kept by update_fp_trap() */
     bool irq_line, fiq_line; /* hv_vcpu_set_pending_interrupt */
@@ -297,7 +304,7 @@ static inline bool leave_for(struct vcpu *c, const struct uop *u, uint64_t targe
 /* Look at interrupts, time and requests before the next block. */
 static inline void force_poll(struct vcpu *c) { c->slice -= c->budget; c->budget = 0; }
 
-/* ---- Memory accesses of guest instructions ------------------------------------------------------------------- */
+/* ---- Memory accesses of guest instructions ---------------------------------------------------------------------- */
 
 /*
  * mem_read/mem_write: `size` bytes (1, 2, 4, 8, 16) at `va` with the permissions of bank `idx`, little endian,
@@ -314,7 +321,7 @@ bool mem_write_slow(struct vcpu *c, const struct uop *u, uint64_t va, unsigned s
 void *mem_ptr(struct vcpu *c, const struct uop *u, uint64_t va, unsigned size, unsigned idx, bool write, uint64_t *pa);
 
 enum { ZVA_SIZE = 64 }; /* bytes that DC ZVA clears */
-/* TBI: bits 63:56 of data addresses are ignored when TCR_EL1.TBI0/1 says so; both ends of the fast path see the stripped VA. */
+/* `va` without its tag, when TCR_EL1.TBI0/1 says that bits 63:56 are one. The TLBs are by tagged VA. */
 uint64_t untag(const struct vcpu *c, uint64_t va);
 
 /* The entry's offset is computed in one go: compilers make three of the array's two indexes. */
@@ -330,7 +337,8 @@ static inline bool mem_read(struct vcpu *c, const struct uop *u, uint64_t va, un
     }
     return mem_read_slow(c, u, va, size, idx, out);
 }
-static inline bool mem_write(struct vcpu *c, const struct uop *u, uint64_t va, unsigned size, unsigned idx, const void *in) {
+static inline bool mem_write(struct vcpu *c, const struct uop *u, uint64_t va, unsigned size, unsigned idx,
+                             const void *in) {
     MEM_FAST(write, va, size) {
         memcpy((void *)(uintptr_t)(va + e->addend), in, size);
         return true;
@@ -338,7 +346,7 @@ static inline bool mem_write(struct vcpu *c, const struct uop *u, uint64_t va, u
     return mem_write_slow(c, u, va, size, idx, in);
 }
 
-/* ---- mmu.c ----------------------------------------------------------------------------------------------------- */
+/* ---- mmu.c ------------------------------------------------------------------------------------------------------ */
 
 enum access { ACCESS_READ, ACCESS_WRITE, ACCESS_EXEC };
 enum { NO_FAULT = 0x3f }; /* not a fault status code of the EL1&0 regime */
@@ -397,7 +405,7 @@ enum {
 #define ESR_IL (UINT64_C(1) << 25)
 static inline uint64_t syndrome(unsigned ec, uint32_t iss) { return (uint64_t)ec << 26 | ESR_IL | iss; }
 
-/* ---- sysreg.c ------------------------------------------------------------------------------------------------------ */
+/* ---- sysreg.c --------------------------------------------------------------------------------------------------- */
 
 /* Encodings are op0<<14 | op1<<11 | CRn<<7 | CRm<<3 | op2, as in hv_sys_reg_t. */
 #define SYSREG(op0, op1, crn, crm, op2) ((op0) << 14 | (op1) << 11 | (crn) << 7 | (crm) << 3 | (op2))
@@ -414,9 +422,10 @@ enum { /* SCTLR_EL1 */
     SCTLR_UCT = 1 << 15, SCTLR_NTWI = 1 << 16, SCTLR_NTWE = 1 << 18, SCTLR_WXN = 1 << 19, SCTLR_TSCXT = 1 << 20,
     SCTLR_SPAN = 1 << 23, SCTLR_E0E = 1 << 24, SCTLR_EE = 1 << 25, SCTLR_UCI = 1 << 26
 };
+#define SCTLR_DSSBS (UINT64_C(1) << 44)
 enum { DAIF_D = 1 << 9, DAIF_A = 1 << 8, DAIF_I = 1 << 7, DAIF_F = 1 << 6, DAIF_ALL = 0x3c0 };
 
-/* ---- time, run.c ------------------------------------------------------------------------------------------------------ */
+/* ---- time, run.c ------------------------------------------------------------------------------------------------ */
 
 static inline uint64_t guest_counter(const struct vcpu *c) { return softhv_absolute_time() - c->vtimer_offset; }
 uint64_t host_ns(void); /* CLOCK_MONOTONIC */
@@ -424,7 +433,7 @@ bool vtimer_due(const struct vcpu *c); /* ENABLE, !IMASK and CVAL reached */
 void vcpu_run(struct vcpu *c);         /* hv_vcpu_run on the owning thread */
 bool turn_yield(struct vcpu *c);       /* let the other vCPUs run; false: asked to exit meanwhile */
 
-/* ---- decode.c, code.c ---------------------------------------------------------------------------------------------------- */
+/* ---- decode.c, code.c ------------------------------------------------------------------------------------------- */
 
 void decode_init(void); /* idempotent, thread-safe */
 /* Decode from `host` (guest code at `pa`) up to the end of its page or of the block. */
@@ -440,7 +449,7 @@ bool code_maybe(struct vm *vm, uint64_t pa); /* false: no block was ever decoded
 bool code_create(struct vm *vm);
 void code_destroy(struct vm *vm);
 
-/* ---- the VM -------------------------------------------------------------------------------------------------------------- */
+/* ---- the VM ----------------------------------------------------------------------------------------------------- */
 
 enum { RAM_MAX = 32 /* regions */, VCPU_MAX = 64 };
 struct ram {

@@ -3,13 +3,13 @@
 
 enum { VECTOR_SYNC = 0x000, VECTOR_IRQ = 0x080, VECTOR_FIQ = 0x100 };
 enum { VECTOR_SP0 = 0x000, VECTOR_SPX = 0x200, VECTOR_LOWER = 0x400 };
-enum { SPSR_SS = 1 << 21, SPSR_IL = 1 << 20, SPSR_PAN = 1 << 22 };
+enum { SPSR_SSBS = 1 << 12, SPSR_IL = 1 << 20, SPSR_PAN = 1 << 22, SPSR_UAO = 1 << 23 };
 
-/* ---- PSTATE ------------------------------------------------------------------------------------------------------ */
+/* ---- PSTATE ----------------------------------------------------------------------------------------------------- */
 
 uint64_t pstate_get(const struct vcpu *c) {
-    return c->nzcv | c->daif | (c->pan ? SPSR_PAN : 0) | (c->il ? SPSR_IL : 0) | (c->ss ? SPSR_SS : 0) |
-           (uint64_t)c->el << 2 | c->spsel;
+    return c->nzcv | (c->uao ? SPSR_UAO : 0) | (c->pan ? SPSR_PAN : 0) | (c->il ? SPSR_IL : 0) |
+           (c->ssbs ? SPSR_SSBS : 0) | c->daif | (uint64_t)c->el << 2 | c->spsel;
 }
 
 bool pstate_legal(uint64_t spsr) {
@@ -45,7 +45,8 @@ static void set_flags(struct vcpu *c, uint64_t spsr) {
     c->nzcv = (uint32_t)spsr & 0xf0000000;
     c->daif = (uint32_t)spsr & DAIF_ALL;
     c->pan = !!(spsr & SPSR_PAN);
-    c->ss = 0; /* single stepping is not implemented */
+    c->uao = !!(spsr & SPSR_UAO);
+    c->ssbs = !!(spsr & SPSR_SSBS);
 }
 
 void pstate_set(struct vcpu *c, uint64_t spsr) {
@@ -55,7 +56,7 @@ void pstate_set(struct vcpu *c, uint64_t spsr) {
     pstate_changed(c);
 }
 
-/* ---- To EL1 --------------------------------------------------------------------------------------------------------- */
+/* ---- To EL1 ----------------------------------------------------------------------------------------------------- */
 
 static void take(struct vcpu *c, uint64_t return_address, unsigned vector) {
     unsigned from = c->el == 0 ? VECTOR_LOWER : c->spsel ? VECTOR_SPX : VECTOR_SP0;
@@ -63,7 +64,8 @@ static void take(struct vcpu *c, uint64_t return_address, unsigned vector) {
     c->sys.elr = return_address;
     set_mode(c, 1, 1);
     c->daif = DAIF_ALL;
-    c->il = c->ss = 0;
+    c->il = c->uao = 0;
+    c->ssbs = !!(c->sys.sctlr & SCTLR_DSSBS);
     if (!(c->sys.sctlr & SCTLR_SPAN))
         c->pan = 1;
     pstate_changed(c);
@@ -147,7 +149,7 @@ bool exc_eret(struct vcpu *c) {
     return false;
 }
 
-/* ---- To the host ----------------------------------------------------------------------------------------------------- */
+/* ---- To the host ------------------------------------------------------------------------------------------------ */
 
 bool exit_exception(struct vcpu *c, uint64_t pc, uint64_t esr, uint64_t va, uint64_t ipa) {
     c->pc = pc;

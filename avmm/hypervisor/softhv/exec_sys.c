@@ -34,7 +34,7 @@ bool form_daif_imm(struct uop *u, uint32_t insn) {
     return true;
 }
 
-/* ---- Exception generating ------------------------------------------------------------------------------------------ */
+/* ---- Exception generating --------------------------------------------------------------------------------------- */
 
 OP(svc) { return exc_svc(c, u, (uint16_t)u->imm); }
 OP(brk) { return exc_brk(c, u, (uint16_t)u->imm); }
@@ -53,7 +53,7 @@ OP(smc) {
 
 OP(eret) { return c->el ? exc_eret(c) : exc_undef(c, u); }
 
-/* ---- Hints and barriers -------------------------------------------------------------------------------------------- */
+/* ---- Hints and barriers ----------------------------------------------------------------------------------------- */
 
 /*
  * Other vCPUs of the VM run when this one's turn is over, and turns are handed on under a lock: no barrier has
@@ -102,7 +102,7 @@ OP(sev) {
     return true;
 }
 
-/* ---- MRS, MSR -------------------------------------------------------------------------------------------------------- */
+/* ---- MRS, MSR --------------------------------------------------------------------------------------------------- */
 
 OP(mrs) {
     uint64_t value;
@@ -169,6 +169,18 @@ OP(msr_spsel) {
     return true;
 }
 
+OP(msr_uao) {
+    if (c->el == 0)
+        return exc_undef(c, u);
+    c->uao = u->imm & 1;
+    return true;
+}
+
+OP(msr_ssbs) {
+    c->ssbs = u->imm & 1;
+    return true;
+}
+
 OP(msr_pan) {
     if (c->el == 0)
         return exc_undef(c, u);
@@ -177,7 +189,7 @@ OP(msr_pan) {
     return true;
 }
 
-/* ---- Caches (C5.3, D7.5.8) ---------------------------------------------------------------------------------------------- */
+/* ---- Caches (C5.3, D7.5.8) -------------------------------------------------------------------------------------- */
 
 /* EL0 may only when SCTLR_EL1 says so. */
 static bool el0_denied(struct vcpu *c, const struct uop *u, uint64_t allowed) {
@@ -231,7 +243,7 @@ OP(ic_ivau) {
     return true;
 }
 
-/* ---- TLBs (D8.13) --------------------------------------------------------------------------------------------------------- */
+/* ---- TLBs (D8.13) ----------------------------------------------------------------------------------------------- */
 
 /*
  * The other vCPUs of the VM are between turns: they drop what the broadcast names before they run on, which is
@@ -262,7 +274,7 @@ OP(tlbi) {
     return true;
 }
 
-/* ---- Address translation (D8.2.11): the answer goes into PAR_EL1 ------------------------------------------------------------ */
+/* ---- Address translation (D8.2.11): the answer goes into PAR_EL1 ------------------------------------------------ */
 
 OP(at_s1) {
     if (c->el == 0)

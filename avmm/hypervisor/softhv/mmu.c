@@ -26,7 +26,7 @@ uint64_t mmu_asid(const struct vcpu *c) {
     return c->sys.tcr & BIT(36) ? asid : asid & 0xff; /* TCR_EL1.AS */
 }
 
-/* ---- The walk ---------------------------------------------------------------------------------------------------- */
+/* ---- The walk --------------------------------------------------------------------------------------------------- */
 
 static struct translation fault(unsigned code, unsigned level) { return (struct translation){.fault = code | level}; }
 
@@ -129,7 +129,7 @@ struct translation mmu_translate(struct vcpu *c, uint64_t va, enum access access
     return t;
 }
 
-/* ---- The TLBs ------------------------------------------------------------------------------------------------------ */
+/* ---- The TLBs --------------------------------------------------------------------------------------------------- */
 
 static void note_cached(struct vcpu *c, uint64_t va, const struct translation *t) {
     unsigned half = half_of(va);
@@ -271,7 +271,7 @@ void tlb_flush_va(struct vcpu *c, uint64_t va) {
     flush_code_va(c, va);
 }
 
-/* ---- Instruction fetch ------------------------------------------------------------------------------------------------ */
+/* ---- Instruction fetch ------------------------------------------------------------------------------------------ */
 
 bool mmu_fetch(struct vcpu *c, uint64_t *pa, const uint8_t **host) {
     c->pc = untag(c, c->pc);
@@ -284,9 +284,9 @@ bool mmu_fetch(struct vcpu *c, uint64_t *pa, const uint8_t **host) {
         if (t.fault != NO_FAULT)
             return exc_prefetch_abort(c, pc, t.fault);
         struct ram *ram = vm_ram(c->vm, t.pa);
+        uint32_t ifsc = ram ? FAULT_STAGE2_PERMISSION : FAULT_STAGE2_TRANSLATION;
         if (!ram || !(ram->flags & HV_MEMORY_EXEC))
-            return exit_exception(c, pc, syndrome(EC_IABT_LOWER, ram ? FAULT_STAGE2_PERMISSION : FAULT_STAGE2_TRANSLATION),
-                                  pc, t.pa);
+            return exit_exception(c, pc, syndrome(EC_IABT_LOWER, ifsc), pc, t.pa);
         fetch_fill(c, e, &t, ram);
     }
     *pa = e->pa + offset;
@@ -294,7 +294,7 @@ bool mmu_fetch(struct vcpu *c, uint64_t *pa, const uint8_t **host) {
     return true;
 }
 
-/* ---- Exits of data accesses --------------------------------------------------------------------------------------------- */
+/* ---- Exits of data accesses ------------------------------------------------------------------------------------- */
 
 /*
  * The instruction's part of a data abort's syndrome (D17.2.37): valid for loads and stores of one general register
@@ -332,7 +332,7 @@ static bool exit_access(struct vcpu *c, const struct uop *u, uint64_t va, uint64
     return exit_exception(c, pc_of(c, u), syndrome(EC_DABT_LOWER, iss), va, pa);
 }
 
-/* ---- Slow paths ------------------------------------------------------------------------------------------------------------ */
+/* ---- Slow paths ------------------------------------------------------------------------------------------------- */
 
 /* What `size` bytes count as for alignment: SIMD structures and pairs are checked by element (B2.5.2). */
 static unsigned alignment_unit(uint32_t insn, unsigned size) {
@@ -347,8 +347,8 @@ static unsigned alignment_unit(uint32_t insn, unsigned size) {
 }
 
 /* One page's part of an access: its host address. NULL: exception taken or exit prepared. */
-static uint8_t *resolve(struct vcpu *c, const struct uop *u, uint64_t va, unsigned idx, bool write, bool aligned, bool whole,
-                        uint64_t *pa) {
+static uint8_t *resolve(struct vcpu *c, const struct uop *u, uint64_t va, unsigned idx, bool write, bool aligned,
+                        bool whole, uint64_t *pa) {
     struct translation t = mmu_translate(c, va, write ? ACCESS_WRITE : ACCESS_READ, idx);
     if (t.fault == NO_FAULT && t.device && !aligned)
         t.fault = FAULT_ALIGNMENT;

@@ -11,7 +11,7 @@ enum {
     TURN_NS = 1000 * 1000
 };
 
-/* ---- Time ------------------------------------------------------------------------------------------------------ */
+/* ---- Time ------------------------------------------------------------------------------------------------------- */
 
 uint64_t host_ns(void) {
     struct timespec now;
@@ -41,7 +41,7 @@ static int32_t next_budget(const struct vcpu *c) {
     return insns < BUDGET_MIN ? BUDGET_MIN : insns > BUDGET ? BUDGET : insns;
 }
 
-/* ---- Turns: one vCPU of a VM runs at a time ---------------------------------------------------------------------- */
+/* ---- Turns: one vCPU of a VM runs at a time --------------------------------------------------------------------- */
 
 static void unlink_waiter(struct vm *vm, struct vcpu *c) {
     struct vcpu *before = NULL;
@@ -141,7 +141,7 @@ bool turn_yield(struct vcpu *c) {
     return turn_take(c);
 }
 
-/* ---- The loop ----------------------------------------------------------------------------------------------------- */
+/* ---- The loop --------------------------------------------------------------------------------------------------- */
 
 static void exit_to_host(struct vcpu *c, hv_exit_reason_t reason) {
     c->exit = (hv_vcpu_exit_t){.reason = reason};

@@ -14,13 +14,15 @@ enum {
     TTBR0 = SYSREG(3, 0, 2, 0, 0), TTBR1 = SYSREG(3, 0, 2, 0, 1), TCR = SYSREG(3, 0, 2, 0, 2),
     SPSR = SYSREG(3, 0, 4, 0, 0), ELR = SYSREG(3, 0, 4, 0, 1), SP_EL0 = SYSREG(3, 0, 4, 1, 0),
     SPSEL = SYSREG(3, 0, 4, 2, 0), CURRENTEL = SYSREG(3, 0, 4, 2, 2), PAN = SYSREG(3, 0, 4, 2, 3),
-    ICC_PMR = SYSREG(3, 0, 4, 6, 0), AFSR0 = SYSREG(3, 0, 5, 1, 0), AFSR1 = SYSREG(3, 0, 5, 1, 1),
+    UAO = SYSREG(3, 0, 4, 2, 4), ICC_PMR = SYSREG(3, 0, 4, 6, 0), AFSR0 = SYSREG(3, 0, 5, 1, 0),
+    AFSR1 = SYSREG(3, 0, 5, 1, 1),
     ESR = SYSREG(3, 0, 5, 2, 0), FAR = SYSREG(3, 0, 6, 0, 0), PAR = SYSREG(3, 0, 7, 4, 0),
     MAIR = SYSREG(3, 0, 10, 2, 0), AMAIR = SYSREG(3, 0, 10, 3, 0), VBAR = SYSREG(3, 0, 12, 0, 0),
     RVBAR = SYSREG(3, 0, 12, 0, 1), ISR = SYSREG(3, 0, 12, 1, 0), CONTEXTIDR = SYSREG(3, 0, 13, 0, 1),
     TPIDR_EL1 = SYSREG(3, 0, 13, 0, 4), SCXTNUM_EL1 = SYSREG(3, 0, 13, 0, 7), CNTKCTL = SYSREG(3, 0, 14, 1, 0),
     CCSIDR = SYSREG(3, 1, 0, 0, 0), CLIDR = SYSREG(3, 1, 0, 0, 1), AIDR = SYSREG(3, 1, 0, 0, 7),
     CSSELR = SYSREG(3, 2, 0, 0, 0), CTR_EL0 = SYSREG(3, 3, 0, 0, 1), DCZID_EL0 = SYSREG(3, 3, 0, 0, 7),
+    SSBS = SYSREG(3, 3, 4, 2, 6),
     NZCV = SYSREG(3, 3, 4, 2, 0), DAIF = SYSREG(3, 3, 4, 2, 1), FPCR = SYSREG(3, 3, 4, 4, 0),
     FPSR = SYSREG(3, 3, 4, 4, 1), TPIDR_EL0 = SYSREG(3, 3, 13, 0, 2), TPIDRRO_EL0 = SYSREG(3, 3, 13, 0, 3),
     SCXTNUM_EL0 = SYSREG(3, 3, 13, 0, 7), CNTFRQ = SYSREG(3, 3, 14, 0, 0), CNTPCT = SYSREG(3, 3, 14, 0, 1),
@@ -32,30 +34,33 @@ enum { ID_FIRST = SYSREG(3, 0, 0, 1, 0), ID_LAST = SYSREG(3, 0, 0, 7, 7) };
 enum { CNTKCTL_PCT = 1 << 0, CNTKCTL_VCT = 1 << 1, CNTKCTL_VT = 1 << 8, CNTKCTL_PT = 1 << 9 };
 enum { CNT_FREQUENCY = 24000000 };
 
-/* ---- What this CPU is (D17.2): exactly what the engine implements ------------------------------------------------ */
+/* ---- What this CPU is (D17.2): exactly what the engine implements ----------------------------------------------- */
 
 static const uint64_t software_midr = 0x000f0510; /* implementer 0: reserved for software */
-static const uint64_t ctr = 0x9444c004;  /* 64-byte lines, PIPT, IDC: no DC CVAU for instruction coherence; IC is needed */
+static const uint64_t ctr = 0x9444c004;  /* 64-byte lines, PIPT, IDC: code needs IC IVAU but no DC CVAU */
 static const uint64_t dczid = 4;         /* 64 bytes */
 static const uint64_t clidr = 0x02000023; /* L1 I+D, L2 unified; LoC 2; LoUU and LoUIS 0, as IDC says */
 
 static const uint64_t aa64pfr0 = UINT64_C(1) << 60 /* CSV3 */ | UINT64_C(3) << 56 /* CSV2_3 */ | 1 << 24 /* GIC */ |
                                  1 << 4 | 1; /* EL1, EL0: AArch64 only; FP and AdvSIMD: 0, implemented */
+static const uint64_t aa64pfr1 = 2 << 4; /* SSBS, with MRS and MSR */
 static const uint64_t aa64dfr0 = UINT64_C(1) << 28 /* CTX_CMPs */ | 1 << 20 /* WRPs */ | 1 << 12 /* BRPs */ | 6;
 static const uint64_t aa64isar0 = UINT64_C(1) << 52 /* FlagM */ | UINT64_C(1) << 44 /* DotProd */ | 1 << 28 /* RDM */ |
-                                  2 << 20 /* LSE */ | 1 << 16 /* CRC32 */ | 1 << 12 /* SHA256 */ | 1 << 8 /* SHA1 */ | 2 << 4 /* AES, PMULL */;
+                                  2 << 20 /* LSE */ | 1 << 16 /* CRC32 */ | 1 << 12 /* SHA256 */ | 1 << 8 /* SHA1 */ |
+                                  2 << 4 /* AES, PMULL */;
 static const uint64_t aa64isar1 = UINT64_C(1) << 36 /* SB */ | 1 << 20 /* LRCPC */ | 1 /* DPB */;
-static const uint64_t aa64mmfr0 = 1 << 20 /* 16 KiB granule; 4 and 64 KiB: 0 */ | 2 << 4 /* 16-bit ASIDs */ | 2 /* 40 bits */;
+static const uint64_t aa64mmfr0 = 1 << 20 /* 16 KiB granule; 4 and 64 KiB: 0 */ | 2 << 4 /* 16-bit ASIDs */ |
+                                  2 /* 40-bit addresses */;
 static const uint64_t aa64mmfr1 = 2 << 20 /* PAN2 */;
-static const uint64_t aa64mmfr2 = UINT64_C(1) << 60 /* E0PD */ | 1 /* CnP */;
+static const uint64_t aa64mmfr2 = UINT64_C(1) << 60 /* E0PD */ | 1 << 4 /* UAO */ | 1 /* CnP */;
 
 enum { /* in sysregs.id[] */
-    ID_PFR0 = 4 << 3, ID_DFR0 = 5 << 3, ID_ISAR0 = 6 << 3, ID_ISAR1, ID_MMFR0 = 7 << 3, ID_MMFR1, ID_MMFR2
+    ID_PFR0 = 4 << 3, ID_PFR1, ID_DFR0 = 5 << 3, ID_ISAR0 = 6 << 3, ID_ISAR1, ID_MMFR0 = 7 << 3, ID_MMFR1, ID_MMFR2
 };
 
 bool sysreg_feature(hv_feature_reg_t reg, uint64_t *value) {
-    const uint64_t values[] = {aa64dfr0, 0, aa64isar0, aa64isar1, aa64mmfr0, aa64mmfr1, aa64mmfr2, aa64pfr0, 0, ctr,
-                               clidr,    dczid, 0, 0}; /* in hv_feature_reg_t's order */
+    const uint64_t values[] = {aa64dfr0, 0, aa64isar0, aa64isar1, aa64mmfr0, aa64mmfr1, aa64mmfr2, aa64pfr0, aa64pfr1,
+                               ctr,      clidr, dczid, 0, 0}; /* in hv_feature_reg_t's order */
     if (reg >= sizeof values / sizeof *values)
         return false;
     *value = values[reg];
@@ -82,6 +87,7 @@ void sysreg_reset(struct vcpu *c) {
     s->mpidr = UINT64_C(1) << 31;
     s->oslock = 1;
     s->id[ID_PFR0] = aa64pfr0;
+    s->id[ID_PFR1] = aa64pfr1;
     s->id[ID_DFR0] = aa64dfr0;
     s->id[ID_ISAR0] = aa64isar0;
     s->id[ID_ISAR1] = aa64isar1;
@@ -90,7 +96,7 @@ void sysreg_reset(struct vcpu *c) {
     s->id[ID_MMFR2] = aa64mmfr2;
 }
 
-/* ---- State ------------------------------------------------------------------------------------------------------------ */
+/* ---- State ------------------------------------------------------------------------------------------------------ */
 
 /* Registers that are read and written as they are. */
 static uint64_t *plain(struct vcpu *c, uint32_t reg) {
@@ -161,6 +167,8 @@ static bool read_reg(struct vcpu *c, uint32_t reg, uint64_t *value) {
     case SPSEL: *value = c->spsel; break;
     case CURRENTEL: *value = (uint64_t)c->el << 2; break;
     case PAN: *value = (uint64_t)c->pan << 22; break;
+    case UAO: *value = (uint64_t)c->uao << 23; break;
+    case SSBS: *value = (uint64_t)c->ssbs << 12; break;
     case NZCV: *value = c->nzcv; break;
     case DAIF: *value = c->daif; break;
     case FPCR: *value = c->fpcr; break;
@@ -244,6 +252,8 @@ static bool write_reg(struct vcpu *c, uint32_t reg, uint64_t value) {
         c->pan = value >> 22 & 1;
         pstate_changed(c);
         break;
+    case UAO: c->uao = value >> 23 & 1; break;
+    case SSBS: c->ssbs = value >> 12 & 1; break;
     case NZCV: c->nzcv = (uint32_t)value & 0xf0000000; break;
     case DAIF:
         c->daif = (uint32_t)value & DAIF_ALL;
@@ -275,7 +285,7 @@ static bool write_reg(struct vcpu *c, uint32_t reg, uint64_t value) {
     return true;
 }
 
-/* ---- The guest's side ---------------------------------------------------------------------------------------------------- */
+/* ---- The guest's side ------------------------------------------------------------------------------------------- */
 
 uint32_t sysreg_iss(uint32_t insn) { /* D17.2.37, EC 0x18 */
     return bits(insn, 19, 2) << 20 | bits(insn, 5, 3) << 17 | bits(insn, 16, 3) << 14 | bits(insn, 12, 4) << 10 |
@@ -296,6 +306,7 @@ static enum el0_access el0_access(struct vcpu *c, uint32_t reg, bool write) {
     uint64_t kctl = c->sys.cntkctl, sctlr = c->sys.sctlr;
     switch (reg) {
     case NZCV:
+    case SSBS:
     case FPCR:
     case FPSR:
     case TPIDR_EL0: return EL0_OK;
@@ -350,7 +361,7 @@ bool sysreg_msr(struct vcpu *c, const struct uop *u, uint32_t reg, uint64_t valu
     return write_reg(c, reg, value) || exc_unimplemented(c, u);
 }
 
-/* ---- The host's side ------------------------------------------------------------------------------------------------------ */
+/* ---- The host's side -------------------------------------------------------------------------------------------- */
 
 hv_return_t sysreg_host_get(struct vcpu *c, hv_sys_reg_t reg, uint64_t *value) {
     if (reg == SP_EL1) {

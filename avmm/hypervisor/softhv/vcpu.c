@@ -143,7 +143,7 @@ hv_return_t hv_vcpus_exit(hv_vcpu_t *vcpus, uint32_t vcpu_count) {
     return result;
 }
 
-/* ---- Registers ------------------------------------------------------------------------------------------------------ */
+/* ---- Registers -------------------------------------------------------------------------------------------------- */
 
 hv_return_t hv_vcpu_get_reg(hv_vcpu_t vcpu, hv_reg_t reg, uint64_t *value) {
     struct vcpu *c = owned(vcpu);
@@ -203,7 +203,7 @@ hv_return_t hv_vcpu_set_sys_reg(hv_vcpu_t vcpu, hv_sys_reg_t reg, uint64_t value
     return c ? sysreg_host_set(c, reg, value) : HV_BAD_ARGUMENT;
 }
 
-/* ---- Interrupts, timer, counters -------------------------------------------------------------------------------------- */
+/* ---- Interrupts, timer, counters -------------------------------------------------------------------------------- */
 
 static bool *line(struct vcpu *c, hv_interrupt_type_t type) {
     return type == HV_INTERRUPT_TYPE_IRQ ? &c->irq_line : type == HV_INTERRUPT_TYPE_FIQ ? &c->fiq_line : NULL;
@@ -285,7 +285,7 @@ hv_return_t softhv_vcpu_counters(hv_vcpu_t vcpu, softhv_counters_t *counters) {
     return c ? HV_SUCCESS : HV_BAD_ARGUMENT;
 }
 
-/* ---- Configuration ---------------------------------------------------------------------------------------------------- */
+/* ---- Configuration ---------------------------------------------------------------------------------------------- */
 
 hv_vcpu_config_t hv_vcpu_config_create(void) { return calloc(1, sizeof(struct hv_vcpu_config_s)); }
 

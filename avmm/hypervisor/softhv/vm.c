@@ -14,7 +14,7 @@ static pthread_mutex_t default_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct vm *default_vm;
 static _Thread_local struct vm *bound;
 
-/* ---- Which VM ------------------------------------------------------------------------------------------------- */
+/* ---- Which VM --------------------------------------------------------------------------------------------------- */
 
 struct vm *vm_current(void) {
     if (bound)
@@ -111,7 +111,7 @@ hv_return_t hv_vm_get_max_vcpu_count(uint32_t *max_vcpu_count) {
     return HV_SUCCESS;
 }
 
-/* ---- Configuration --------------------------------------------------------------------------------------------- */
+/* ---- Configuration ---------------------------------------------------------------------------------------------- */
 
 hv_vm_config_t hv_vm_config_create(void) {
     struct hv_vm_config_s *config = calloc(1, sizeof *config);
@@ -150,7 +150,7 @@ hv_return_t hv_vm_config_get_ipa_size(hv_vm_config_t config, uint32_t *ipa_bit_l
     return HV_SUCCESS;
 }
 
-/* ---- Memory ------------------------------------------------------------------------------------------------------ */
+/* ---- Memory ----------------------------------------------------------------------------------------------------- */
 
 struct ram *vm_ram(struct vm *vm, uint64_t ipa) {
     for (uint32_t i = 0; i < vm->ram_count; i++)
