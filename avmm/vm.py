@@ -36,6 +36,8 @@ from avmm.guest.panic import PanicWatch
 from avmm.hypervisor import Hypervisor, open_hypervisor
 from avmm.hypervisor.base import ExitKind
 from avmm.memory import GuestMemory, Region
+from avmm.monitor import Monitor
+from avmm.trace import Trace
 from avmm.vcpu import sysregs
 from avmm.vcpu.loop import Event, VcpuLoop
 from avmm.vcpu.loop import Outcome as VcpuOutcome
@@ -59,10 +61,18 @@ class Outcome:
 class VirtualMachine:
     """One virtual machine. Make it inside a running event loop, then ``async with`` it, or ``start`` and ``stop`` it.
 
-    ``keep_output``: how many bytes of console output to remember at least; None remembers all.
+    ``keep_output``: how many bytes of console output to remember at least; None remembers all. ``monitor``: let
+    ``avmm top`` see this VM. ``trace``: a file for a timeline of its whole life, which Perfetto opens.
     """
 
-    def __init__(self, config: VmConfig, *, keep_output: int | None = None) -> None:
+    def __init__(
+        self,
+        config: VmConfig,
+        *,
+        keep_output: int | None = None,
+        monitor: bool = False,
+        trace: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.config = config
         self.state = "created"
         #: time.monotonic() of what has happened so far, in order.
@@ -80,6 +90,9 @@ class VirtualMachine:
         self._psci: Psci | None = None
         self._vcpus: list[VcpuLoop] = []
         self._past_exits = [0] * len(ExitKind)  # of vCPUs before the last reset
+        self._monitor = Monitor(self.stats) if monitor else None
+        self._trace_to = trace
+        self._trace: Trace | None = None
         self._stopping = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
         self._outcome: Outcome | None = None
@@ -102,6 +115,8 @@ class VirtualMachine:
         config = self.config
         # Reading and unpacking take a while: not on the event loop.
         kernel, initrd = await asyncio.to_thread(_read_images, config)
+        if self._trace_to is not None:
+            self._trace = Trace(self._trace_to)
         timers = DeadlineTimers(asyncio.get_running_loop())
         try:
             hypervisor = self._hypervisor = open_hypervisor(config.engine)
@@ -174,6 +189,31 @@ class VirtualMachine:
             "vcpus": [vcpu.snapshot_counters() for vcpu in self._vcpus],
         }
 
+    def stats(self) -> dict[str, Any]:
+        """What ``avmm top`` shows, as plain data: the configuration, CPU times, counters, histograms. On the loop."""
+        hypervisor = self._hypervisor
+        return {
+            "name": os.path.basename(self.config.kernel),
+            "state": self.state,
+            "engine": None if hypervisor is None else hypervisor.capabilities.name,
+            "memory": self.config.memory,
+            "cpu_ns": time.process_time_ns(),
+            "loop_cpu_ns": time.thread_time_ns(),
+            "vcpus": [
+                {
+                    "mode": vcpu.mode.name.lower(),
+                    "cpu_ns": vcpu.cpu_ns,
+                    "parked_ns": vcpu.parking.stats.parked_ns,
+                    "counters": vcpu.snapshot_counters(),
+                    "wake_latency": list(vcpu.parking.stats.latency),
+                    "wake_latency_ns": vcpu.parking.stats.latency_ns,
+                    "timer_lateness": list(vcpu.parking.stats.lateness),
+                    "timer_lateness_ns": vcpu.parking.stats.lateness_ns,
+                }
+                for vcpu in self._vcpus
+            ],
+        }
+
     # The machine between power-on and reset.
 
     def _assemble(self, kernel: Kernel, initrd: bytes | None, timers: DeadlineTimers) -> Entry:
@@ -197,6 +237,9 @@ class VirtualMachine:
             )
             for index in range(cpus)
         ]
+        if self._trace is not None:
+            for vcpu in self._vcpus:
+                self._trace.attach(vcpu, board.bus)
         return load_linux(
             self._memory,
             kernel,
@@ -209,6 +252,7 @@ class VirtualMachine:
 
     async def _supervise(self, kernel: Kernel, initrd: bytes | None, timers: DeadlineTimers, entry: Entry) -> None:
         outcome = Outcome("stopped")
+        monitoring = None if self._monitor is None else asyncio.create_task(self._monitor.run())
         try:
             while True:
                 outcome = self._judge(await self._run(entry))
@@ -222,6 +266,8 @@ class VirtualMachine:
             self._mark("end")
             self.state = "stopped"
             self._outcome = outcome
+            if monitoring is not None:
+                await cancel(monitoring)
             timers.close()
             self._release()
             self._line.close()
@@ -234,7 +280,10 @@ class VirtualMachine:
         assert board is not None
         assert psci is not None
         async with asyncio.TaskGroup() as tasks:
-            work = [tasks.create_task(coroutine) for coroutine in board.coroutines()]
+            coroutines = board.coroutines()
+            if self._trace is not None:
+                coroutines = [self._trace.work(coroutine) for coroutine in coroutines]
+            work = [tasks.create_task(coroutine) for coroutine in coroutines]
             with self._lock:
                 psci.power_on(0, entry.pc, entry.x0)
             self._mark("first instruction")
@@ -262,6 +311,8 @@ class VirtualMachine:
         if hypervisor is not None:
             hypervisor.close()
         self._memory.close()
+        if self._trace is not None:
+            self._trace.close()
 
     # Small things.
 
@@ -287,16 +338,16 @@ class VirtualMachine:
 class Booting:
     """What :func:`boot` returns: await it, or ``async with`` it."""
 
-    def __init__(self, config: VmConfig, keep_output: int | None) -> None:
+    def __init__(self, config: VmConfig, **options: Any) -> None:
         self._config = config
-        self._keep_output = keep_output
+        self._options = options  # VirtualMachine's
         self._vm: VirtualMachine | None = None
 
     def __await__(self) -> Generator[Any, None, VirtualMachine]:
         return self.__aenter__().__await__()
 
     async def __aenter__(self) -> VirtualMachine:
-        vm = self._vm = VirtualMachine(self._config, keep_output=self._keep_output)
+        vm = self._vm = VirtualMachine(self._config, **self._options)
         await vm.start()
         return vm
 
@@ -318,18 +369,21 @@ def boot(
     engine: str = "auto",
     reboot: bool = True,
     keep_output: int | None = None,
+    monitor: bool = False,
+    trace: str | os.PathLike[str] | None = None,
 ) -> Booting:
     """A running virtual machine: ``async with avmm.boot(kernel, initrd, memory="512M", cpus=2) as vm: ...``
 
     Also ``vm = await avmm.boot(...)``, which you end yourself with ``await vm.stop()``. ``append`` is added to the
     default kernel command line, ``cmdline`` replaces it; ``reboot=False`` ends the VM when the guest resets;
-    ``keep_output`` bounds how many bytes of console output are remembered. Raises ConfigError at once, ImageError and
-    EngineError when it starts.
+    ``keep_output`` bounds how many bytes of console output are remembered; ``monitor`` lets ``avmm top`` see the VM;
+    ``trace`` names a file for a timeline that Perfetto opens. Raises ConfigError at once, ImageError and EngineError
+    when it starts.
     """
     config = VmConfig.resolve(
         kernel, initrd, memory=memory, cpus=cpus, append=append, cmdline=cmdline, engine=engine, reboot=reboot
     )
-    return Booting(config, keep_output)
+    return Booting(config, keep_output=keep_output, monitor=monitor, trace=trace)
 
 
 def describe(config: VmConfig) -> dict[str, Any]:

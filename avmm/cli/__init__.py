@@ -5,20 +5,21 @@ from __future__ import annotations
 import argparse
 import sys
 
-from avmm.cli import boot, fetch
+from avmm.cli import boot, fetch, top
 from avmm.cli.exitcodes import ExitCode
 
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(
+    whole = argparse.ArgumentParser(
         prog="avmm", description="An asyncio-native virtual machine monitor for arm64 guests.", allow_abbrev=False
     )
-    top.add_argument("--version", action="version", version=f"avmm {_version()}")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    whole.add_argument("--version", action="version", version=f"avmm {_version()}")
+    commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
     boot.add_parser(commands)
     fetch.add_parser(commands)
-    return top
+    top.add_parser(commands)
+    return whole
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,9 +23,9 @@ from avmm.vm import Outcome, VirtualMachine
 _KEEP = 1 << 16
 
 
-def run(config: VmConfig, timeout: float | None, timing: bool) -> int:
+def run(config: VmConfig, *, timeout: float | None, timing: bool, monitor: bool, trace: str | None) -> int:
     """Boot and stay until the guest ends, the user quits or ``timeout`` seconds have passed; the exit code."""
-    return uvloop.run(_boot(config, timeout, timing))
+    return uvloop.run(_boot(config, timeout, timing, monitor, trace))
 
 
 def configure_logging(verbose: int) -> None:
@@ -43,7 +43,7 @@ def configure_logging(verbose: int) -> None:
     )
 
 
-async def _boot(config: VmConfig, timeout: float | None, timing: bool) -> int:
+async def _boot(config: VmConfig, timeout: float | None, timing: bool, monitor: bool, trace: str | None) -> int:
     loop = asyncio.get_running_loop()
     quitting: asyncio.Future[int] = loop.create_future()
 
@@ -56,7 +56,7 @@ async def _boot(config: VmConfig, timeout: float | None, timing: bool) -> int:
     stdin, stdout = 0, 1
     # A reader that went away is a SIGPIPE to any other program.
     output = Output(stdout, on_broken=lambda: quit(ExitCode.SIGNAL + signal.SIGPIPE))
-    vm = VirtualMachine(config, keep_output=_KEEP)
+    vm = VirtualMachine(config, keep_output=_KEEP, monitor=monitor, trace=trace)
     vm.console.listen(output.write)
     output.on_full = vm.hold_output
     async with contextlib.AsyncExitStack() as stack:

@@ -29,6 +29,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     p.add_argument("--dump-dtb", metavar="FILE", help="write the device tree to FILE and exit")
     p.add_argument("--dry-run", action="store_true", help="print the resolved configuration as JSON and exit")
     p.add_argument("--timing", action="store_true", help="print a boot timeline and the exits by kind on stderr")
+    p.add_argument(
+        "--trace", metavar="FILE", help="write a timeline of exits, parks, IRQs and device work for Perfetto"
+    )
+    p.add_argument("--no-monitor", action="store_true", help="keep this VM out of `avmm top`")
     p.add_argument("-v", "--verbose", action="count", default=0, help="log to stderr (-vv: debug)")
     p.set_defaults(run=run)
 
@@ -74,4 +78,4 @@ def run(args: argparse.Namespace) -> int:
     from avmm.cli import attach
 
     attach.configure_logging(args.verbose)
-    return attach.run(config, args.timeout, args.timing)
+    return attach.run(config, timeout=args.timeout, timing=args.timing, monitor=not args.no_monitor, trace=args.trace)

@@ -111,6 +111,7 @@ class Parking:
             return False
         self.deadline = deadline
         self.mode = Mode.PARKED
+        self.stats.park()
         return True
 
     def turn_off(self) -> None:

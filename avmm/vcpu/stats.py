@@ -14,25 +14,38 @@ BUCKETS: Final = 39
 
 
 class WakeStats:
-    """From the decision to wake a vCPU until it is back on its thread: one clock read at either end, under the VM lock.
+    """A vCPU's sleeps and the way out of them. One clock read at either end, under the VM's lock.
 
     ``latency`` and ``lateness`` are histograms, see :data:`BUCKETS`: of the way from the wake to the guest, whatever
-    the cause, and of the time the guest is behind its timer's deadline when it was the timer. ``woken`` is when the
-    latest wake was decided, in nanoseconds of the monotonic clock.
+    the cause, and of the time the guest is behind its timer's deadline when it was the timer. ``..._ns`` are
+    their sums in nanoseconds; ``woken`` is when the latest wake was decided, on the monotonic clock.
     """
 
-    __slots__ = ("_deadline", "_waking", "latency", "lateness", "woken")
+    __slots__ = (
+        "_deadline", "_parked_at", "_parked_ns", "_waking", "latency", "latency_ns", "lateness", "lateness_ns", "woken",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.latency = [0] * BUCKETS
         self.lateness = [0] * BUCKETS
+        self.latency_ns = 0
+        self.lateness_ns = 0
         self.woken = 0
+        self._parked_at = 0
+        self._parked_ns = 0
         self._waking = False
         self._deadline: int | None = None
+
+    def park(self) -> None:
+        """A sleep in WFI begins now."""
+        self._parked_at = time.monotonic_ns()
 
     def wake(self, deadline: int | None) -> None:
         """A sleep ends now; ``deadline``: by the timer, which was set to this."""
         self.woken = time.monotonic_ns()
+        if self._parked_at:
+            self._parked_ns += self.woken - self._parked_at
+            self._parked_at = 0
         self._deadline = deadline
         self._waking = True
 
@@ -42,9 +55,18 @@ class WakeStats:
             return
         self._waking = False
         now = time.monotonic_ns()
-        self.latency[_bucket(now - self.woken)] += 1
+        latency = now - self.woken
+        self.latency[_bucket(latency)] += 1
+        self.latency_ns += latency
         if self._deadline is not None:
-            self.lateness[_bucket(now - self._deadline)] += 1
+            lateness = now - self._deadline
+            self.lateness[_bucket(lateness)] += 1
+            self.lateness_ns += lateness
+
+    @property
+    def parked_ns(self) -> int:
+        """How long the vCPU has been parked altogether, a sleep it is in included."""
+        return self._parked_ns + (time.monotonic_ns() - self._parked_at if self._parked_at else 0)
 
 
 def _bucket(ns: int) -> int:

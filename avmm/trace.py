@@ -1,0 +1,256 @@
+"""A timeline of a VM for Perfetto (ui.perfetto.dev) or chrome://tracing.
+
+One track per vCPU: in the guest, serving an exit, parked, waking; one per vCPU's IRQ input while it is up; one for the
+devices' work on the event loop. The format is the Trace Event Format's JSON array, which may lack its end, so that the
+file of a process that was killed opens too. Events are written out as they come: memory stays bounded.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import threading
+import time
+import types
+from collections.abc import Callable, Coroutine, Generator
+from functools import partial
+from typing import Any, Final
+
+import structlog
+
+from avmm.bus import Bus
+from avmm.errors import ConfigError, GuestFault
+from avmm.hypervisor.base import ExitKind, Vcpu
+from avmm.vcpu.loop import VcpuLoop
+from avmm.vcpu.park import Cause
+
+log = structlog.get_logger("avmm")
+
+#: Events a track keeps before it writes them.
+_BATCH: Final = 512
+
+_KINDS: Final = tuple(kind.name.lower() for kind in ExitKind)
+_MMIO: Final = frozenset({ExitKind.MMIO_READ, ExitKind.MMIO_WRITE})
+_SYSREG: Final = frozenset({ExitKind.SYSREG_READ, ExitKind.SYSREG_WRITE})
+_CALL: Final = frozenset({ExitKind.HVC, ExitKind.SMC})
+
+
+class Track:
+    """A row of the timeline. Its slices follow each other; times are nanoseconds of the monotonic clock."""
+
+    def __init__(self, trace: Trace, number: int) -> None:
+        self._trace = trace
+        self._number = number
+        self._events: list[tuple[str, str, int, int, dict[str, Any] | None]] = []  # phase, name, time, length, args
+
+    def slice(self, name: str, start: int, end: int, args: dict[str, Any] | None = None) -> None:
+        """Something that went on from ``start`` to ``end``."""
+        self._add("X", name, start, end - start, args)
+
+    def begin(self, name: str) -> None:
+        """Something begins now."""
+        self._add("B", name, time.monotonic_ns(), 0, None)
+
+    def end(self) -> None:
+        """What has begun last ends now."""
+        self._add("E", "", time.monotonic_ns(), 0, None)
+
+    def _add(self, phase: str, name: str, at: int, length: int, args: dict[str, Any] | None) -> None:
+        self._events.append((phase, name, at, length, args))
+        if len(self._events) >= _BATCH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has come together."""
+        events, self._events = self._events, []
+        self._trace.write([self._json(*event) for event in events])
+
+    def _json(self, phase: str, name: str, at: int, length: int, args: dict[str, Any] | None) -> str:
+        event: dict[str, Any] = {"ph": phase, "pid": self._trace.pid, "tid": self._number, "ts": self._trace.micros(at)}
+        if name:
+            event["name"] = name
+        if phase == "X":
+            event["dur"] = length / 1000
+        if args:
+            event["args"] = args
+        return json.dumps(event, separators=(",", ":"))
+
+
+class Trace:
+    """The file, and its tracks. Raises ConfigError when it cannot be made."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.pid = os.getpid()
+        self._path = os.fspath(path)
+        self._lock = threading.Lock()
+        self._began = time.monotonic_ns()
+        self._tracks: dict[str, Track] = {}
+        self._lines: list[IrqTrack] = []
+        try:
+            self._file: io.FileIO | None = io.FileIO(self._path, "w")
+        except OSError as error:
+            raise ConfigError(f"cannot write the trace {self._path}: {error.strerror}") from error
+        self._append("[\n" + self._named("process_name", 0, f"avmm {self.pid}"))
+
+    def track(self, name: str) -> Track:
+        """The track of that name."""
+        track = self._tracks.get(name)
+        if track is None:
+            track = self._tracks[name] = Track(self, len(self._tracks) + 1)
+            self.write([self._named("thread_name", len(self._tracks), name)])
+        return track
+
+    def attach(self, vcpu: VcpuLoop, bus: Bus) -> None:
+        """Show what ``vcpu`` does, which has not run yet; ``bus`` knows what its devices are called."""
+        vcpu.tracer = VcpuTrack(self.track(f"vCPU {vcpu.index}"), vcpu, bus)
+        irq = IrqTrack(self.track(f"vCPU {vcpu.index} IRQ"))
+        self._lines.append(irq)
+        vcpu.parking.on_irq = irq.changed
+
+    async def work(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run a device's ``coroutine``; each step of it on the event loop becomes a slice."""
+        await _steps(coroutine, self.track("devices"), getattr(coroutine, "__qualname__", "work"))
+
+    def micros(self, at: int) -> float:
+        """The format's unit, from when the trace began."""
+        return (at - self._began) / 1000
+
+    def write(self, events: list[str]) -> None:
+        """Append events, JSON each. Any thread; nothing once closed."""
+        self._append("".join(",\n" + event for event in events))
+
+    def close(self) -> None:
+        """Write what is left, and the end. A second call does nothing."""
+        for line in self._lines:
+            line.changed(False)
+        for track in self._tracks.values():
+            track.flush()
+        self._append("\n]\n")
+        with self._lock:
+            self._close()
+
+    def _append(self, text: str) -> None:
+        with self._lock:
+            left = memoryview(text.encode())
+            try:
+                while left and self._file is not None:
+                    left = left[self._file.write(left) :]
+            except OSError as error:  # a full disk ends the trace, not the VM
+                log.warning("trace.ended", path=self._path, error=error.strerror)
+                self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _named(self, kind: str, number: int, name: str) -> str:
+        return json.dumps({"ph": "M", "pid": self.pid, "tid": number, "name": kind, "args": {"name": name}})
+
+
+class IrqTrack:
+    """A vCPU's IRQ input: one slice for each time it is up. Called under the VM's lock."""
+
+    def __init__(self, track: Track) -> None:
+        self._track = track
+        self._up = False
+
+    def changed(self, level: bool) -> None:
+        """The input is now ``level``."""
+        if level != self._up:
+            self._up = level
+            if level:
+                self._track.begin("IRQ")
+            else:
+                self._track.end()
+
+
+class VcpuTrack:
+    """A vCPU's time, without gaps.
+
+    Slices are ``guest``, the name of the exit that is being served, ``parked``, ``wake``, ``off`` and ``paused``.
+    """
+
+    def __init__(self, track: Track, vcpu: VcpuLoop, bus: Bus) -> None:
+        self._track = track
+        self._loop = vcpu
+        self._bus = bus
+        self._exit: tuple[int, int, dict[str, Any] | None] | None = None  # its end, kind and arguments
+        self._parks = 0
+        self._wakes = [0] * len(Cause)
+
+    def runner(self, vcpu: Vcpu) -> Callable[[], int]:
+        """See :class:`avmm.vcpu.loop.Tracer`."""
+        now = time.monotonic_ns
+        inner = vcpu.run
+        slice = self._track.slice
+        began = now()
+        away = True  # on the event loop, between the last exit and this entry
+
+        def run() -> int:
+            nonlocal away
+            start = now()
+            if self._exit is not None:
+                self._served(*self._exit, began if away else None, start)
+            away = False
+            kind = inner()
+            end = now()
+            slice("guest", start, end)
+            self._exit = end, kind, self._arguments(kind, vcpu)
+            return kind
+
+        return run
+
+    def _served(self, end: int, kind: int, args: dict[str, Any] | None, back: int | None, start: int) -> None:
+        """From an exit to the next entry; ``back``: when the thread came back from the event loop, if it went there."""
+        add = self._track.slice
+        if back is None:
+            add(_KINDS[kind], end, start, args)
+            return
+        wakes = list(self._loop.parking.wakes)
+        causes = [cause.name.lower() for cause in Cause if wakes[cause] != self._wakes[cause]]
+        parks = self._loop.counters.parks
+        parked, self._parks, self._wakes = parks != self._parks, parks, wakes
+        if not causes:
+            add("paused", end, start, args)
+            return
+        woken = min(max(end, self._loop.parking.stats.woken), start)
+        add("parked" if parked else "off", end, woken, {"exit": _KINDS[kind]})
+        add("wake", woken, start, {"cause": causes[0]})
+
+    def _arguments(self, kind: int, vcpu: Vcpu) -> dict[str, Any] | None:
+        frame = vcpu.frame
+        if kind in _MMIO:
+            try:
+                base, _, _, device = self._bus.window(frame.address, frame.size)
+            except GuestFault:
+                return {"address": hex(frame.address)}
+            return {"device": device, "offset": hex(frame.address - base), "size": frame.size}
+        if kind in _SYSREG:
+            return {"register": hex(frame.address)}
+        if kind in _CALL:
+            return {"function": hex(frame.args[0])}
+        return None
+
+
+@types.coroutine
+def _steps(coroutine: Coroutine[Any, Any, None], track: Track, name: str) -> Generator[Any, Any, None]:
+    """Drive ``coroutine`` as ``await`` would, and time each turn it gets."""
+    now = time.monotonic_ns
+    advance: Callable[[], Any] = partial(coroutine.send, None)
+    while True:
+        start = now()
+        try:
+            awaited = advance()
+        except StopIteration:
+            return
+        finally:
+            track.slice(name, start, now())
+        try:
+            advance = partial(coroutine.send, (yield awaited))
+        except GeneratorExit:
+            coroutine.close()
+            raise
+        except BaseException as error:  # CancelledError, for the coroutine to deal with
+            advance = partial(coroutine.throw, error)

@@ -1,0 +1,43 @@
+"""The bug report's question, of a real guest: which path do its vCPUs take?"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import avmm
+from avmm.cli.fetch import Fetched
+
+from .conftest import READY
+
+pytestmark = pytest.mark.guest
+
+
+async def test_it_answers_within_ten_seconds(debian: Fetched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Idle Linux parks, woken by its timer; a busy shell is busy in the guest."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+
+    async def paths() -> list[str]:
+        began = time.monotonic()
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "avmm.cli", "top", "--json", "--once", "--interval", "3", stdout=subprocess.PIPE
+        )
+        out, _ = await process.communicate()
+        assert time.monotonic() - began < 10
+        return [vcpu["path"] for vcpu in json.loads(out)["vcpus"]]
+
+    async with avmm.boot(debian.kernel, debian.initrd, cpus=2, monitor=True) as vm:
+        await vm.console.expect(READY, timeout=120)
+        await vm.console.expect(rb"# ", timeout=30)
+        vm.console.write(b"sleep 2; echo set''tled\n")
+        await vm.console.expect(rb"settled", timeout=60)
+        assert all(path.startswith("idle: ") for path in await paths())
+        vm.console.write(b"while :; do :; done & echo lo''oping\n")
+        await vm.console.expect(rb"looping", timeout=30)
+        assert "busy in the guest" in await paths()
