@@ -44,145 +44,171 @@ static const uint8_t inverse_sub_bytes[256] = {
     0x17, 0x2b, 0x04, 0x7e, 0xba, 0x77, 0xd6, 0x26, 0xe1, 0x69, 0x14, 0x63, 0x55, 0x21, 0x0c, 0x7d,
 };
 
+/*
+ * Hosts do the same in a few instructions. AESE is the x86 last round with the key added before instead of after;
+ * MixColumns alone is a round after a last inverse round, which undoes its other steps.
+ */
+#if defined(__x86_64__) && !defined(SOFTHV_PORTABLE)
+#include <immintrin.h>
+#define HAVE_AES __builtin_cpu_supports("aes")
+#define HAVE_PCLMUL __builtin_cpu_supports("pclmul")
+#define HOST_FUNCTION(name, isa, expression)                                                                           \
+    __attribute__((target(isa))) static u64x2 name(u64x2 first, u64x2 second) {                                        \
+        __m128i a = (__m128i)first, b = (__m128i)second, none = _mm_setzero_si128();                                   \
+        (void)b, (void)none;                                                                                           \
+        return (u64x2)(expression);                                                                                    \
+    }
+HOST_FUNCTION(host_aese, "aes", _mm_aesenclast_si128(_mm_xor_si128(a, b), none))
+HOST_FUNCTION(host_aesd, "aes", _mm_aesdeclast_si128(_mm_xor_si128(a, b), none))
+HOST_FUNCTION(host_aesmc, "aes", _mm_aesenc_si128(_mm_aesdeclast_si128(a, none), none))
+HOST_FUNCTION(host_aesimc, "aes", _mm_aesimc_si128(a))
+HOST_FUNCTION(host_pmull, "pclmul", _mm_clmulepi64_si128(a, b, 0))
+#else
+#define HAVE_AES false
+#define HAVE_PCLMUL false
+#define host_aese(a, b) (a)
+#define host_aesd(a, b) (a)
+#define host_aesmc(a, b) (a)
+#define host_aesimc(a, b) (a)
+#define host_pmull(a, b) (a)
+#endif
+
 /* AddRoundKey, ShiftRows by `step` columns a row, SubBytes. */
-static inline bool aes_round(struct vcpu *c, const struct uop *u, const uint8_t *box, unsigned step) {
-    vreg x = c->v[u->rd], key = c->v[u->rn];
-    x.d[0] ^= key.d[0];
-    x.d[1] ^= key.d[1];
+static inline vec aes_round(vec state, vec key, const uint8_t *box, unsigned step) {
+    vec x = {.d = state.d ^ key.d};
+    uint64_t halves[2] = {0, 0};
     for (unsigned i = 0; i < 16; i++)
-        c->v[u->rd].b[i] = box[x.b[(i + 4 * step * (i % 4)) % 16]];
-    return true;
+        halves[i / 8] |= (uint64_t)box[x.r.b[(i + 4 * step * (i % 4)) % 16]] << (8 * (i % 8));
+    return (vec){.d = {halves[0], halves[1]}};
 }
 
-OP_FP(aese) { return aes_round(c, u, sub_bytes, 1); }
-OP_FP(aesd) { return aes_round(c, u, inverse_sub_bytes, 3); }
-
-/* Four bytes of GF(2^8) at a time, times x. */
-static inline uint32_t times_x(uint32_t v) { return (v << 1 & 0xfefefefe) ^ (v >> 7 & 0x01010101) * 0x1b; }
-static inline uint32_t rotate_right(uint32_t v, unsigned by) { return v >> by | v << (32 - by); }
+/* Bytes of GF(2^8), times x. */
+static inline u32x4 times_x(u32x4 v) { return (v << 1 & 0xfefefefe) ^ (v >> 7 & 0x01010101) * 0x1b; }
+static inline u32x4 next_row(u32x4 v, int rows) { return v >> 8 * rows | v << (32 - 8 * rows); }
 
 /* A column times 3x^3 + x^2 + x + 2: each row gets 2 of itself, 3 of the next, 1 of the others. */
-static inline uint32_t mix_column(uint32_t v) {
-    uint32_t next = rotate_right(v, 8);
-    return times_x(v ^ next) ^ next ^ rotate_right(v, 16) ^ rotate_right(v, 24);
-}
-
-OP_FP(aesmc) {
-    vreg x = c->v[u->rn];
-    for (unsigned i = 0; i < 4; i++)
-        x.s[i] = mix_column(x.s[i]);
-    return v_write_lanes(c, u, x);
+static inline vec mix_columns(vec x) {
+    u32x4 v = x.s, next = next_row(v, 1);
+    return (vec){.s = times_x(v ^ next) ^ next ^ next_row(v, 2) ^ next_row(v, 3)};
 }
 
 /* The inverse polynomial is the forward one times 4x^2 + 5. */
-OP_FP(aesimc) {
-    vreg x = c->v[u->rn];
-    for (unsigned i = 0; i < 4; i++) {
-        uint32_t v = x.s[i], four = times_x(times_x(v ^ rotate_right(v, 16)));
-        x.s[i] = mix_column(v ^ four);
-    }
-    return v_write_lanes(c, u, x);
+static inline vec inverse_mix_columns(vec x) {
+    return mix_columns((vec){.s = x.s ^ times_x(times_x(x.s ^ next_row(x.s, 2)))});
 }
+
+#define AES_OP(name, portable)                                                                                         \
+    OP_FP(name) {                                                                                                      \
+        vec d = v_load(c, u->rd), n = v_load(c, u->rn);                                                                \
+        (void)d;                                                                                                       \
+        return v_write_lanes(c, u, HAVE_AES ? (vec){.d = HOST_##name} : portable);                                     \
+    }
+#define HOST_aese host_aese(d.d, n.d)
+#define HOST_aesd host_aesd(d.d, n.d)
+#define HOST_aesmc host_aesmc(n.d, n.d)
+#define HOST_aesimc host_aesimc(n.d, n.d)
+AES_OP(aese, aes_round(d, n, sub_bytes, 1))
+AES_OP(aesd, aes_round(d, n, inverse_sub_bytes, 3))
+AES_OP(aesmc, mix_columns(n))
+AES_OP(aesimc, inverse_mix_columns(n))
 
 /* ---- SHA-1: Qd holds a, b, c, d, Sn holds e --------------------------------------------------------------------------- */
 
+#define UNROLLED _Pragma("GCC unroll 4")
 static inline uint32_t rotate_left(uint32_t v, unsigned by) { return v << by | v >> (32 - by); }
+static inline uint32_t rotate_right(uint32_t v, unsigned by) { return v >> by | v << (32 - by); }
 static inline uint32_t choose(uint32_t x, uint32_t y, uint32_t z) { return z ^ ((y ^ z) & x); }
 static inline uint32_t parity(uint32_t x, uint32_t y, uint32_t z) { return x ^ y ^ z; }
 static inline uint32_t majority(uint32_t x, uint32_t y, uint32_t z) { return (x & y) | ((x | y) & z); }
 
+/* Four rounds on words in registers of the host's. */
 #define SHA1_OP(name, function)                                                                                        \
     OP_FP(name) {                                                                                                      \
         vreg x = c->v[u->rd], w = c->v[u->rm];                                                                         \
-        uint32_t e = c->v[u->rn].s[0];                                                                                 \
-        for (unsigned i = 0; i < 4; i++) {                                                                             \
-            uint32_t t = e + rotate_left(x.s[0], 5) + function(x.s[1], x.s[2], x.s[3]) + w.s[i];                       \
-            e = x.s[3];                                                                                                \
-            x.s[3] = x.s[2];                                                                                           \
-            x.s[2] = rotate_left(x.s[1], 30);                                                                          \
-            x.s[1] = x.s[0];                                                                                           \
-            x.s[0] = t;                                                                                                \
+        uint32_t a = x.s[0], b = x.s[1], cc = x.s[2], d = x.s[3], e = c->v[u->rn].s[0];                                \
+        UNROLLED for (unsigned i = 0; i < 4; i++) {                                                                    \
+            uint32_t t = e + rotate_left(a, 5) + function(b, cc, d) + w.s[i];                                          \
+            e = d;                                                                                                     \
+            d = cc;                                                                                                    \
+            cc = rotate_left(b, 30);                                                                                   \
+            b = a;                                                                                                     \
+            a = t;                                                                                                     \
         }                                                                                                              \
-        return v_write_lanes(c, u, x);                                                                                 \
+        return v_write_lanes(c, u, (vec){.s = {a, b, cc, d}});                                                         \
     }
 SHA1_OP(sha1c, choose)
 SHA1_OP(sha1p, parity)
 SHA1_OP(sha1m, majority)
 
-OP_FP(sha1h) { return v_write_lanes(c, u, (vreg){.s = {rotate_left(c->v[u->rn].s[0], 30)}}); }
+OP_FP(sha1h) { return v_write_lanes(c, u, (vec){.s = {rotate_left(c->v[u->rn].s[0], 30)}}); }
 
 OP_FP(sha1su0) {
-    vreg x = c->v[u->rd], y = c->v[u->rn], z = c->v[u->rm];
-    uint64_t high = y.d[0];
-    y.d[0] = x.d[1] ^ x.d[0] ^ z.d[0];
-    y.d[1] = high ^ x.d[1] ^ z.d[1];
-    return v_write_lanes(c, u, y);
+    vec x = v_load(c, u->rd), y = v_load(c, u->rn), z = v_load(c, u->rm);
+    return v_write_lanes(c, u, (vec){.d = x.d ^ z.d ^ (u64x2){x.d[1], y.d[0]}});
 }
 
 /* The last word also needs the first of this very step. */
 OP_FP(sha1su1) {
-    vreg x = c->v[u->rd], y = c->v[u->rn], r;
-    for (unsigned i = 0; i < 3; i++)
-        r.s[i] = rotate_left(x.s[i] ^ y.s[i + 1], 1);
-    r.s[3] = rotate_left(x.s[3], 1) ^ rotate_left(r.s[0], 1);
-    return v_write_lanes(c, u, r);
+    vreg x = c->v[u->rd], y = c->v[u->rn];
+    uint32_t first = rotate_left(x.s[0] ^ y.s[1], 1), last = rotate_left(x.s[3], 1) ^ rotate_left(first, 1);
+    return v_write_lanes(c, u, (vec){.s = {first, rotate_left(x.s[1] ^ y.s[2], 1), rotate_left(x.s[2] ^ y.s[3], 1), last}});
 }
 
-/* ---- SHA-256: x holds a, b, c, d, y holds e, f, g, h -------------------------------------------------------------------- */
+/* ---- SHA-256 -------------------------------------------------------------------------------------------------------------- */
 
-static inline void sha256_rounds(vreg *x, vreg *y, const vreg *w) {
-    for (unsigned i = 0; i < 4; i++) {
-        uint32_t a = x->s[0], e = y->s[0];
+/* x holds a, b, c, d, y holds e, f, g, h; after four rounds, which of the two is wanted? */
+static inline vec sha256_rounds(vreg x, vreg y, vreg w, bool want_x) {
+    uint32_t a = x.s[0], b = x.s[1], c = x.s[2], d = x.s[3], e = y.s[0], f = y.s[1], g = y.s[2], h = y.s[3];
+    UNROLLED for (unsigned i = 0; i < 4; i++) {
         uint32_t sum1 = rotate_right(e, 6) ^ rotate_right(e, 11) ^ rotate_right(e, 25);
         uint32_t sum0 = rotate_right(a, 2) ^ rotate_right(a, 13) ^ rotate_right(a, 22);
-        uint32_t t1 = y->s[3] + sum1 + choose(e, y->s[1], y->s[2]) + w->s[i];
-        uint32_t t2 = sum0 + majority(a, x->s[1], x->s[2]);
-        *y = (vreg){.s = {x->s[3] + t1, e, y->s[1], y->s[2]}};
-        *x = (vreg){.s = {t1 + t2, a, x->s[1], x->s[2]}};
+        uint32_t t1 = h + sum1 + choose(e, f, g) + w.s[i], t2 = sum0 + majority(a, b, c);
+        h = g;
+        g = f;
+        f = e;
+        e = d + t1;
+        d = c;
+        c = b;
+        b = a;
+        a = t1 + t2;
     }
+    return want_x ? (vec){.s = {a, b, c, d}} : (vec){.s = {e, f, g, h}};
 }
 
-OP_FP(sha256h) {
-    vreg x = c->v[u->rd], y = c->v[u->rn], w = c->v[u->rm];
-    sha256_rounds(&x, &y, &w);
-    return v_write_lanes(c, u, x);
-}
+OP_FP(sha256h) { return v_write_lanes(c, u, sha256_rounds(c->v[u->rd], c->v[u->rn], c->v[u->rm], true)); }
+OP_FP(sha256h2) { return v_write_lanes(c, u, sha256_rounds(c->v[u->rn], c->v[u->rd], c->v[u->rm], false)); }
 
-OP_FP(sha256h2) {
-    vreg y = c->v[u->rd], x = c->v[u->rn], w = c->v[u->rm];
-    sha256_rounds(&x, &y, &w);
-    return v_write_lanes(c, u, y);
-}
+static inline uint32_t sigma0(uint32_t v) { return rotate_right(v, 7) ^ rotate_right(v, 18) ^ v >> 3; }
+static inline uint32_t sigma1(uint32_t v) { return rotate_right(v, 17) ^ rotate_right(v, 19) ^ v >> 10; }
 
 OP_FP(sha256su0) {
-    vreg x = c->v[u->rd], y = c->v[u->rn], r;
-    for (unsigned i = 0; i < 4; i++) {
-        uint32_t next = i < 3 ? x.s[i + 1] : y.s[0];
-        r.s[i] = x.s[i] + (rotate_right(next, 7) ^ rotate_right(next, 18) ^ next >> 3);
-    }
-    return v_write_lanes(c, u, r);
+    vreg x = c->v[u->rd];
+    uint32_t next = c->v[u->rn].s[0];
+    vec sigma = {.s = {sigma0(x.s[1]), sigma0(x.s[2]), sigma0(x.s[3]), sigma0(next)}};
+    return v_write_lanes(c, u, (vec){.s = v_load(c, u->rd).s + sigma.s});
 }
 
 /* The upper two words need the lower two of this very step. */
 OP_FP(sha256su1) {
-    vreg x = c->v[u->rd], y = c->v[u->rn], z = c->v[u->rm], r;
-    for (unsigned i = 0; i < 4; i++) {
-        uint32_t two_before = i < 2 ? z.s[i + 2] : r.s[i - 2];
-        uint32_t sigma = rotate_right(two_before, 17) ^ rotate_right(two_before, 19) ^ two_before >> 10;
-        r.s[i] = x.s[i] + (i < 3 ? y.s[i + 1] : z.s[0]) + sigma;
-    }
-    return v_write_lanes(c, u, r);
+    vreg x = c->v[u->rd], y = c->v[u->rn], z = c->v[u->rm];
+    uint32_t r0 = x.s[0] + y.s[1] + sigma1(z.s[2]), r1 = x.s[1] + y.s[2] + sigma1(z.s[3]);
+    uint32_t r2 = x.s[2] + y.s[3] + sigma1(r0), r3 = x.s[3] + z.s[0] + sigma1(r1);
+    return v_write_lanes(c, u, (vec){.s = {r0, r1, r2, r3}});
 }
 
 /* ---- PMULL on 64 bits ------------------------------------------------------------------------------------------------------ */
 
-OP_FP(pmull64) {
-    uint64_t a = c->v[u->rn].d[v_q(u)], b = c->v[u->rm].d[v_q(u)];
-    vreg r = {.d = {b & 1 ? a : 0, 0}};
+static inline vec polynomial_product(uint64_t a, uint64_t b) {
+    uint64_t low = b & 1 ? a : 0, high = 0;
     for (unsigned i = 1; i < 64; i++) {
         uint64_t term = b >> i & 1 ? a : 0;
-        r.d[0] ^= term << i;
-        r.d[1] ^= term >> (64 - i);
+        low ^= term << i;
+        high ^= term >> (64 - i);
     }
-    return v_write_lanes(c, u, r);
+    return (vec){.d = {low, high}};
+}
+
+OP_FP(pmull64) {
+    vec a = v_half(u, v_load(c, u->rn)), b = v_half(u, v_load(c, u->rm));
+    return v_write_lanes(c, u, HAVE_PCLMUL ? (vec){.d = host_pmull(a.d, b.d)} : polynomial_product(a.d[0], b.d[0]));
 }

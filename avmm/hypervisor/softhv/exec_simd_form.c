@@ -233,22 +233,22 @@ bool form_v_imm(struct uop *u, uint32_t i) {
     vector(u, i, 0);
     switch (cmode >> 1) {
     case 0: case 1: case 2: case 3:
-        value = broadcast(imm8 << (8 * (cmode >> 1)), 2).d[0];
+        value = repeat(imm8 << (8 * (cmode >> 1)), 2);
         break;
     case 4: case 5:
-        value = broadcast(imm8 << (8 * (cmode >> 1 & 1)), 1).d[0];
+        value = repeat(imm8 << (8 * (cmode >> 1 & 1)), 1);
         break;
     case 6: /* ones are shifted in */
-        value = broadcast(cmode & 1 ? imm8 << 16 | 0xffff : imm8 << 8 | 0xff, 2).d[0];
+        value = repeat(cmode & 1 ? imm8 << 16 | 0xffff : imm8 << 8 | 0xff, 2);
         break;
     case 7:
         if (cmode == 14 && !op) {
-            value = broadcast(imm8, 0).d[0];
+            value = repeat(imm8, 0);
         } else if (cmode == 14) { /* each bit becomes a byte */
             for (unsigned bit = 0; bit < 8; bit++)
                 value |= (imm8 >> bit & 1 ? UINT64_C(0xff) : 0) << (8 * bit);
         } else if (!op) {
-            value = broadcast(fp_expand_imm((unsigned)imm8, false), 2).d[0];
+            value = repeat(fp_expand_imm((unsigned)imm8, false), 2);
         } else if (bits(i, 30, 1)) {
             value = fp_expand_imm((unsigned)imm8, true);
         } else {

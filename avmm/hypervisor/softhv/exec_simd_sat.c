@@ -47,11 +47,12 @@ static inline int128 doubled(int128 a, int128 b) { return 2 * a * b; }
 /* a and b are the operands' lanes as `get_a` and `get_b` read them, d the destination's as get_d does. */
 #define SATURATING_OP(name, get_a, get_b, get_d, saturate, expression)                                                 \
     OP_FP(name) {                                                                                                      \
-        vreg x = c->v[u->rn], y = v_second(c, u), old = c->v[u->rd], r = {0};                                          \
+        vreg x = c->v[u->rn], y = v_second(c, u).r, old = c->v[u->rd];                                                 \
+        vec r = {0};                                                                                                   \
         for (unsigned i = 0; i < u->ra; i++) {                                                                         \
             int128 a = get_a(&x, v_size(u), i), b = get_b(&y, v_size(u), i), d = get_d(&old, v_size(u), i);            \
             (void)b, (void)d;                                                                                          \
-            set_lane(&r, v_size(u), i, saturate(c, expression, v_size(u)));                                            \
+            set_lane(&r.r, v_size(u), i, saturate(c, expression, v_size(u)));                                          \
         }                                                                                                              \
         return v_write_lanes(c, u, r);                                                                                 \
     }
@@ -93,10 +94,11 @@ SATURATING_OP(v_sqshlu_imm, signed_lane, lane, lane, saturate_unsigned, shifted(
 /* Of a scalar the lanes above the first are zero: r is, and Q is clear. */
 #define NARROW_OP(name, get, saturate, expression)                                                                     \
     OP_FP(name) {                                                                                                      \
-        vreg x = c->v[u->rn], r = {0};                                                                                 \
+        vreg x = c->v[u->rn];                                                                                          \
+        vec r = {0};                                                                                                   \
         for (unsigned i = 0; i < u->ra; i++) {                                                                         \
             int128 a = get(&x, v_size(u) + 1, i);                                                                      \
-            set_lane(&r, v_size(u), i, saturate(c, expression, v_size(u)));                                            \
+            set_lane(&r.r, v_size(u), i, saturate(c, expression, v_size(u)));                                          \
         }                                                                                                              \
         return v_write_half(c, u, r.d[0]);                                                                             \
     }
@@ -114,14 +116,15 @@ NARROW_OP(v_uqrshrn, lane, saturate_unsigned, shifted(a, -SHIFT, 2 * WIDTH, true
 
 #define LONG_OP(name, expression)                                                                                      \
     OP_FP(name) {                                                                                                      \
-        vreg x = v_half(u, c->v[u->rn]), y = v_half(u, v_second(c, u)), old = c->v[u->rd], r = {0};                    \
+        vreg x = v_half(u, v_load(c, u->rn)).r, y = v_half(u, v_second(c, u)).r, old = c->v[u->rd];                    \
+        vec r = {0};                                                                                                   \
         unsigned wide = v_size(u) + 1;                                                                                 \
         for (unsigned i = 0; i < u->ra; i++) {                                                                         \
             int128 a = signed_lane(&x, v_size(u), i), b = signed_lane(&y, v_size(u), i);                               \
             int128 d = signed_lane(&old, wide, i), product = wide == 3                                                 \
                 ? (int64_t)saturate_signed(c, doubled(a, b), wide) : (int32_t)saturate_signed(c, doubled(a, b), wide); \
             (void)d;                                                                                                   \
-            set_lane(&r, wide, i, saturate_signed(c, expression, wide));                                               \
+            set_lane(&r.r, wide, i, saturate_signed(c, expression, wide));                                             \
         }                                                                                                              \
         return v_write_lanes(c, u, r);                                                                                 \
     }

@@ -119,6 +119,10 @@ static inline bool fp32_sum_exact(float a, float b, float r) {
     return (a - (r - part)) + (b - part) == 0.0f;
 }
 
+/* An exact zero, as opposed to an underflow; a zero that muladd adds to it keeps it exact. */
+static inline bool fp64_zero(double a, double b, double r) { return r == 0.0 && (a == 0.0 || b == 0.0); }
+static inline bool fp32_zero(float a, float b, float r) { return r == 0.0f && (a == 0.0f || b == 0.0f); }
+
 static inline bool fp64_product_exact(double a, double b, double r) { return fp64_provable(r) && fma(a, b, -r) == 0.0; }
 
 /* A sum below the normal range is always exact, so only NaN and infinity leave the fast path. */
@@ -152,14 +156,16 @@ static inline uint32_t fp32_sub(struct fpu *fp, uint32_t a, uint32_t b) {
 
 static inline uint64_t fp64_mul(struct fpu *fp, uint64_t a, uint64_t b) {
     double x = fp64_host(a), y = fp64_host(b), r = x * y;
-    if (fpu_host_mode(fp) && fp64_clear(fp64_bits(r)) && (fpu_inexact_seen(fp) || fp64_product_exact(x, y, r)))
+    if (fpu_host_mode(fp) && (fp64_zero(x, y, r) ||
+                              (fp64_clear(fp64_bits(r)) && (fpu_inexact_seen(fp) || fp64_product_exact(x, y, r)))))
         return fp64_bits(r);
     return fp64_mul_exact(fp, a, b);
 }
 
 static inline uint32_t fp32_mul(struct fpu *fp, uint32_t a, uint32_t b) {
     float x = fp32_host(a), y = fp32_host(b), r = x * y;
-    if (fpu_host_mode(fp) && fp32_clear(fp32_bits(r)) && (fpu_inexact_seen(fp) || (double)x * y == r))
+    if (fpu_host_mode(fp) && (fp32_zero(x, y, r) ||
+                              (fp32_clear(fp32_bits(r)) && (fpu_inexact_seen(fp) || (double)x * y == r))))
         return fp32_bits(r);
     return fp32_mul_exact(fp, a, b);
 }
@@ -203,8 +209,9 @@ static inline uint32_t fp32_sqrt(struct fpu *fp, uint32_t a) {
 static inline uint64_t fp64_muladd(struct fpu *fp, uint64_t addend, uint64_t a, uint64_t b) {
     if (fpu_host_mode(fp)) {
         double x = fp64_host(a), y = fp64_host(b), z = fp64_host(addend), r = fma(x, y, z), product = x * y;
-        if (fp64_clear(fp64_bits(r)) &&
-            (fpu_inexact_seen(fp) || (fp64_product_exact(x, y, product) && fp64_sum_exact(z, product, r))))
+        if (fp64_zero(x, y, r) || (fp64_clear(fp64_bits(r)) &&
+                                   (fpu_inexact_seen(fp) ||
+                                    (fp64_product_exact(x, y, product) && fp64_sum_exact(z, product, r)))))
             return fp64_bits(r);
     }
     return fp64_muladd_exact(fp, addend, a, b);
@@ -213,7 +220,8 @@ static inline uint64_t fp64_muladd(struct fpu *fp, uint64_t addend, uint64_t a, 
 static inline uint32_t fp32_muladd(struct fpu *fp, uint32_t addend, uint32_t a, uint32_t b) {
     if (fpu_host_mode(fp)) {
         float x = fp32_host(a), y = fp32_host(b), z = fp32_host(addend), r = fmaf(x, y, z);
-        if (fp32_clear(fp32_bits(r)) && (fpu_inexact_seen(fp) || fp64_sum_exact((double)x * y, z, r)))
+        if (fp32_zero(x, y, r) ||
+            (fp32_clear(fp32_bits(r)) && (fpu_inexact_seen(fp) || fp64_sum_exact((double)x * y, z, r))))
             return fp32_bits(r);
     }
     return fp32_muladd_exact(fp, addend, a, b);
