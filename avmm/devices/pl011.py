@@ -73,6 +73,9 @@ _RX_TRIGGER: Final = (4, 8, 16, 24, 28, 28, 28, 28)
 # lost. So nothing is delivered while they are masked, unless the guest polls: reads FR this often and nothing else.
 _POLLING: Final = 16
 
+# It unmasks them for a while before that, too. So a guest that clears the receive interrupts after it enabled the
+# UART, on its way to emptying the FIFO, is shown an empty one, once: it goes on, and finds the characters later.
+
 _BYTES: Final = tuple(bytes((n,)) for n in range(256))
 _STATE_VERSION: Final = 1
 
@@ -129,6 +132,8 @@ class Pl011:
         self._fifo.clear()
         self._ris = self._rsr = self._polls = 0
         self._imsc = 0
+        self._enabled = False  # CR was written, the receive interrupts not cleared since
+        self._hidden = False  # the next look at FR finds the receive FIFO empty
 
     # The guest's side
 
@@ -139,6 +144,11 @@ class Pl011:
             if self._polls == _POLLING:
                 self._wake_feeder()
             value = self._flags()
+            if self._hidden:
+                self._hidden = False
+                value = value & ~_FR_RXFF | _FR_RXFE
+                self._receive_changed()
+                self._update()
         elif offset == _DR:
             value = self._receive_one()
         elif offset == _RSR:
@@ -169,6 +179,9 @@ class Pl011:
                 self._ris |= _INT_TX  # the FIFO has fallen through its trigger level already
         elif offset == _ICR:
             self._ris &= ~value
+            if self._enabled and value & (_INT_RX | _INT_RT):
+                self._enabled = False
+                self._hidden = True
         elif offset in self._plain:
             self._plain[offset] = value & _PLAIN[offset][0]
             if offset == _IMSC:
@@ -176,6 +189,8 @@ class Pl011:
                 self._wake_feeder()
             elif offset in (_IFLS, _LCR_H):
                 self._receive_changed()
+            elif offset == _CR:
+                self._enabled = True
         elif offset == _RSR:
             self._rsr = 0
         else:

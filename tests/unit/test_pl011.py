@@ -296,3 +296,38 @@ def test_node() -> None:
         "interrupts = <0x00 0x01 0x04>;",
         'clock-names = "uartclk", "apb_pclk";',
     } <= lines
+
+
+def test_input_that_comes_while_linux_opens_the_port_is_kept() -> None:
+    """pl011_startup() unmasks the receive interrupts, enables the UART, and only then empties the FIFO."""
+    port = Port()
+    port.write(ICR, 0x7F0)
+    port.write(IMSC, RX | RT)
+    port.write(CR, 0x301)
+    assert port.uart.receive(b"early") == 5
+    port.write(ICR, RX | RT)
+    flushed = bytearray()
+    for _ in range(64):
+        if port.read(FR) & RXFE:
+            break
+        flushed.append(port.read(DR) & 0xFF)
+    port.write(IMSC, RX | RT)
+    assert not flushed
+    assert port.line.level
+    found = bytearray()
+    while not port.read(FR) & RXFE:
+        found.append(port.read(DR) & 0xFF)
+    assert found == b"early"
+
+
+def test_a_driver_that_acknowledges_before_it_reads_gets_its_input() -> None:
+    port = Port()
+    port.write(CR, 0x301)
+    for letter in b"xyz":
+        assert port.uart.receive(bytes((letter,))) == 1
+        found = bytearray()
+        while port.line.level:  # its interrupt handler, again as long as the level-sensitive interrupt holds
+            port.write(ICR, port.read(MIS))
+            while not port.read(FR) & RXFE:
+                found.append(port.read(DR) & 0xFF)
+        assert found == bytes((letter,))
