@@ -40,6 +40,7 @@ SKIPS: tuple[Skip, ...] = (
     Skip("*", "a branch to itself does not end", branches_to_itself),
     Skip("hvc", "Unicorn's CPU has no EL2 to call"),
     Skip("eret", "returns to wherever the last exception came from: see test_system"),
+    Skip("msr_ssbs", "Unicorn's CPU has no FEAT_SSBS"),
     Skip("wf[ei]", "exits to the host here, does nothing there: see the engine's contract"),
     *(
         Skip(rows, "acts on translation, caches or masks, which the two sides do not share: see test_system")
