@@ -1,10 +1,11 @@
 /*
- * The cryptographic extension: AES (FIPS 197), SHA-1 and SHA-256 (FIPS 180-4), and the 64-bit polynomial product, with the
- * operands as the Arm ARM has them (C7.2; J1, shared/functions/crypto). Register byte i is the state's row i % 4, column i / 4.
+ * The cryptographic extension: AES (FIPS 197), SHA-1 and SHA-256 (FIPS 180-4), and the 64-bit polynomial product, with
+ * the operands as the Arm ARM has them (C7.2; J1, shared/functions/crypto). Byte i of an AES state is in row i % 4 and
+ * column i / 4.
  */
 #include "exec_simd.h"
 
-/* ---- AES ------------------------------------------------------------------------------------------------------------ */
+/* ---- AES --------------------------------------------------------------------------------------------------------- */
 
 static const uint8_t sub_bytes[256] = {
     0x63, 0x7c, 0x77, 0x7b, 0xf2, 0x6b, 0x6f, 0xc5, 0x30, 0x01, 0x67, 0x2b, 0xfe, 0xd7, 0xab, 0x76,
@@ -112,7 +113,7 @@ AES_OP(aesd, aes_round(d, n, inverse_sub_bytes, 3))
 AES_OP(aesmc, mix_columns(n))
 AES_OP(aesimc, inverse_mix_columns(n))
 
-/* ---- SHA-1: Qd holds a, b, c, d, Sn holds e --------------------------------------------------------------------------- */
+/* ---- SHA-1: Qd holds a, b, c, d, Sn holds e ---------------------------------------------------------------------- */
 
 #define UNROLLED _Pragma("GCC unroll 4")
 static inline uint32_t rotate_left(uint32_t v, unsigned by) { return v << by | v >> (32 - by); }
@@ -150,11 +151,12 @@ OP_FP(sha1su0) {
 /* The last word also needs the first of this very step. */
 OP_FP(sha1su1) {
     vreg x = c->v[u->rd], y = c->v[u->rn];
-    uint32_t first = rotate_left(x.s[0] ^ y.s[1], 1), last = rotate_left(x.s[3], 1) ^ rotate_left(first, 1);
-    return v_write_lanes(c, u, (vec){.s = {first, rotate_left(x.s[1] ^ y.s[2], 1), rotate_left(x.s[2] ^ y.s[3], 1), last}});
+    uint32_t r0 = rotate_left(x.s[0] ^ y.s[1], 1), r1 = rotate_left(x.s[1] ^ y.s[2], 1);
+    uint32_t r2 = rotate_left(x.s[2] ^ y.s[3], 1), r3 = rotate_left(x.s[3] ^ r0, 1);
+    return v_write_lanes(c, u, (vec){.s = {r0, r1, r2, r3}});
 }
 
-/* ---- SHA-256 -------------------------------------------------------------------------------------------------------------- */
+/* ---- SHA-256 ----------------------------------------------------------------------------------------------------- */
 
 /* x holds a, b, c, d, y holds e, f, g, h; after four rounds, which of the two is wanted? */
 static inline vec sha256_rounds(vreg x, vreg y, vreg w, bool want_x) {
@@ -196,7 +198,7 @@ OP_FP(sha256su1) {
     return v_write_lanes(c, u, (vec){.s = {r0, r1, r2, r3}});
 }
 
-/* ---- PMULL on 64 bits ------------------------------------------------------------------------------------------------------ */
+/* ---- PMULL on 64 bits -------------------------------------------------------------------------------------------- */
 
 static inline vec polynomial_product(uint64_t a, uint64_t b) {
     uint64_t low = b & 1 ? a : 0, high = 0;

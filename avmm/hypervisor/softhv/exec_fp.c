@@ -3,7 +3,7 @@
  */
 #include "engine.h"
 
-/* ---- Forms ------------------------------------------------------------------------------------------------------ */
+/* ---- Forms ------------------------------------------------------------------------------------------------------- */
 
 bool form_fp(struct uop *u, uint32_t i) {
     u->rd = bits(i, 0, 5);
@@ -83,7 +83,7 @@ bool form_fp_from_fixed(struct uop *u, uint32_t i) {
     return form_fp_from_int(u, i) && cvt_fraction(u, i);
 }
 
-/* ---- Operands --------------------------------------------------------------------------------------------------- */
+/* ---- Operands ---------------------------------------------------------------------------------------------------- */
 
 static inline bool put(struct vcpu *c, const struct uop *u, uint64_t value) {
     c->v[u->rd].d[0] = value;
@@ -113,7 +113,7 @@ static inline bool holds(const struct vcpu *c, const struct uop *u) { return u->
         return put(c, u, value);                                                                                       \
     }
 
-/* ---- Arithmetic ------------------------------------------------------------------------------------------------- */
+/* ---- Arithmetic -------------------------------------------------------------------------------------------------- */
 
 FP_OP(fmov, n)
 FP_OP(fabs, n & ~SIGN(n))
@@ -150,7 +150,7 @@ OP_FP(fcvt_hd) { return put(c, u, fp64_to_fp16(&c->fpu, c->v[u->rn].d[0])); }
 OP_FP(fcvt_sh) { return put(c, u, fp16_to_fp32(&c->fpu, c->v[u->rn].h[0])); }
 OP_FP(fcvt_dh) { return put(c, u, fp16_to_fp64(&c->fpu, c->v[u->rn].h[0])); }
 
-/* ---- Comparison ------------------------------------------------------------------------------------------------- */
+/* ---- Comparison -------------------------------------------------------------------------------------------------- */
 
 #define COMPARE_OP(name, value)                                                                                        \
     OP_FP(name##_s) {                                                                                                  \
@@ -171,7 +171,7 @@ COMPARE_OP(fcmpe_zero, CALL(compare, n, 0, true) << 28)
 COMPARE_OP(fccmp, holds(c, u) ? CALL(compare, n, m, false) << 28 : (uint32_t)u->imm)
 COMPARE_OP(fccmpe, holds(c, u) ? CALL(compare, n, m, true) << 28 : (uint32_t)u->imm)
 
-/* ---- General registers ------------------------------------------------------------------------------------------ */
+/* ---- General registers ------------------------------------------------------------------------------------------- */
 
 #define TO_INT(function, value)                                                                                        \
     function(&c->fpu, value, (int)u->imm, u->aux & CVT_SIGNED, u->aux & CVT_WIDE ? 64 : 32, u->aux & CVT_MODE)

@@ -1,9 +1,9 @@
 /*
- * Advanced SIMD on integers, without saturation (Arm ARM C4.1.96): plain loops over lanes for the compiler to vectorise.
+ * Advanced SIMD on integers, without saturation (Arm ARM C4.1.96), on the compiler's vectors.
  */
 #include "exec_simd.h"
 
-/* ---- Bitwise ---------------------------------------------------------------------------------------------------- */
+/* ---- Bitwise ----------------------------------------------------------------------------------------------------- */
 
 #define ANY_SIZE(WITH, expression) WITH(u64x2, s64x2, d, expression)
 V_OP(v_and, ANY_SIZE, a & b)
@@ -18,7 +18,6 @@ V_OP(v_not, ANY_SIZE, ~a)
 
 OP_FP(v_mov_imm) { return v_write(c, u, (vec){.d = {u->imm, u->imm}}); }
 
-/* A destination that is also an operand is read in full and cut on writing. */
 OP_FP(v_orr_imm) { return v_write(c, u, (vec){.d = v_load(c, u->rd).d | u->imm}); }
 
 /* BIC: the form has inverted the immediate. */
@@ -64,7 +63,7 @@ V_OP(v_urhadd, SIZES_BHS, (a | b) - ((a ^ b) >> 1))
 V_OP(v_shsub, SIZES_BHS, UNSIGNED((sa ^ sb) >> 1) - (~a & b))
 V_OP(v_uhsub, SIZES_BHS, ((a ^ b) >> 1) - (~a & b))
 
-/* ---- Bits ------------------------------------------------------------------------------------------------------- */
+/* ---- Bits -------------------------------------------------------------------------------------------------------- */
 
 OP_FP(v_cnt) {
     vec r = v_load(c, u->rn);
@@ -137,7 +136,7 @@ OP_FP(v_pmull) {
     return v_write_lanes(c, u, (vec){.h = product});
 }
 
-/* ---- Shifts by an immediate: right by 1 to the lane's width, left by less than that --------------------------------- */
+/* ---- Shifts by an immediate: right by 1 to the lane's width, left by less than that ------------------------------ */
 
 #define SHIFT ((unsigned)u->imm)
 /* In two steps, for a shift by the whole width. */
@@ -161,7 +160,7 @@ V_LONG_OP(v_sshll, SIGNED_LONG, a << SHIFT)
 V_LONG_OP(v_ushll, UNSIGNED_LONG, a << SHIFT)
 V_LONG_OP(v_shll, UNSIGNED_LONG, a << HALF_OF(a))
 
-/* ---- Twice the width ---------------------------------------------------------------------------------------------- */
+/* ---- Twice the width --------------------------------------------------------------------------------------------- */
 
 V_LONG_OP(v_saddl, SIGNED_LONG, a + b)
 V_LONG_OP(v_uaddl, UNSIGNED_LONG, a + b)
@@ -178,7 +177,7 @@ V_LONG_OP(v_umlal, UNSIGNED_LONG, d + a * b)
 V_LONG_OP(v_smlsl, SIGNED_LONG, d - a * b)
 V_LONG_OP(v_umlsl, UNSIGNED_LONG, d - a * b)
 
-/* The first operand is wide already: w. */
+/* The first operand is wide already: it is d. */
 #define V_WIDE_OP(name, WITH, expression)                                                                              \
     OP_FP(name) {                                                                                                      \
         vec x = v_load(c, u->rn), y = v_load(c, u->rm), r = x;                                                         \
@@ -212,7 +211,7 @@ V_NEIGHBOURS_OP(v_uaddlp, UNSIGNED_SUM)
 V_NEIGHBOURS_OP(v_sadalp, d + SIGNED_SUM)
 V_NEIGHBOURS_OP(v_uadalp, d + UNSIGNED_SUM)
 
-/* ---- Half the width ----------------------------------------------------------------------------------------------- */
+/* ---- Half the width ---------------------------------------------------------------------------------------------- */
 
 /* a and b are wide, the result is cut to the narrow lane. */
 #define NARROW_LANES(U, S, NU, NS, wide, half, expression)                                                             \
@@ -237,7 +236,7 @@ V_NARROW_OP(v_raddhn, (a + b + BIT(HALF_OF(a) - 1)) >> HALF_OF(a))
 V_NARROW_OP(v_subhn, (a - b) >> HALF_OF(a))
 V_NARROW_OP(v_rsubhn, (a - b + BIT(HALF_OF(a) - 1)) >> HALF_OF(a))
 
-/* ---- Pairs and reductions ------------------------------------------------------------------------------------------- */
+/* ---- Pairs and reductions ---------------------------------------------------------------------------------------- */
 
 /* The even and the odd lanes of one register, as 64 bits. */
 #define EVEN(v, wide, NU) __builtin_convertvector((v).wide, NU)
@@ -308,7 +307,7 @@ ACROSS_OP(v_uminv, uint64_t, lane, v_size(u), a < b ? a : b)
 DOT_OP(v_sdot, sb)
 DOT_OP(v_udot, b)
 
-/* ---- Copies and permutations ---------------------------------------------------------------------------------------- */
+/* ---- Copies and permutations ------------------------------------------------------------------------------------- */
 
 OP_FP(v_dup) {
     uint64_t low = repeat(lane(&c->v[u->rn], v_size(u), (unsigned)u->imm), v_size(u));
@@ -374,7 +373,7 @@ OP_FP(v_tbl) { return look_up(c, u, (vreg){0}); }
 OP_FP(v_tbx) { return look_up(c, u, c->v[u->rd]); }
 
 /*
- * Results in pairs of lanes, seen as wide ones: TRN and ZIP put x's lane below y's, UZP takes the even or the odd lanes.
+ * Pairs of lanes are seen as wide ones: TRN and ZIP put x's lane below y's, UZP takes the even or the odd lanes.
  * Without Q the operands of UZP are 64 bits each, and ZIP2 is what ZIP1 gives in its upper half. Lanes of 64 bits are
  * the same for all: the first of both operands, or the second.
  */
@@ -383,7 +382,8 @@ OP_FP(v_tbx) { return look_up(c, u, c->v[u->rd]); }
 #define ZIP(U, S, NU, NS, wide, half, part)                                                                            \
     {                                                                                                                  \
         unsigned from = v_q(u) ? part : 0;                                                                             \
-        r.wide = __builtin_convertvector(x.half[from], U) | __builtin_convertvector(y.half[from], U) << HALF_OF(r.wide);\
+        U low = __builtin_convertvector(x.half[from], U), high = __builtin_convertvector(y.half[from], U);             \
+        r.wide = low | high << HALF_OF(high);                                                                          \
         if (part && !v_q(u))                                                                                           \
             r.d = (u64x2){r.d[1]};                                                                                     \
     }

@@ -54,7 +54,7 @@ static inline uint64_t repeat(uint64_t value, unsigned size) {
     return size == 3 ? value : (value & ((UINT64_C(1) << (8 << size)) - 1)) * ones[size];
 }
 
-/* ---- Registers as vectors of the compiler's -------------------------------------------------------------------------- */
+/* ---- Registers as vectors of the compiler's ---------------------------------------------------------------------- */
 
 #define VECTOR_TYPE(T, name, bytes) typedef T name __attribute__((vector_size(bytes)))
 VECTOR_TYPE(uint8_t, u8x16, 16);
@@ -164,7 +164,7 @@ static inline vec v_second(const struct vcpu *c, const struct uop *u) {
         return v_write(c, u, r);                                                                                       \
     }
 
-/* Those between a width and twice that: WITH(wide vectors, narrow vectors of 64 bits, wide field, narrow field, ...). */
+/* Those between a width and twice that: WITH(wide types, narrow types of 64 bits, wide field, narrow field, ...). */
 #define SIZES_LONG(WITH, expression)                                                                                   \
     switch (v_size(u)) {                                                                                               \
     case 0: WITH(u16x8, s16x8, u8x8, s8x8, h, half_b, expression) break;                                               \

@@ -50,7 +50,7 @@ bool form_v_fp_long(struct uop *u, uint32_t i) {
     return registers(u, i, size, bits(i, 30, 1), 8u >> size);
 }
 
-/* ---- Between a width and twice that: Q chooses the half ----------------------------------------------------------- */
+/* ---- Between a width and twice that: Q chooses the half ---------------------------------------------------------- */
 
 bool form_v_long(struct uop *u, uint32_t i) {
     unsigned size = bits(i, 22, 2);
@@ -61,7 +61,7 @@ bool form_s_bhs(struct uop *u, uint32_t i) { return bits(i, 22, 2) != 3 && form_
 /* One 64-bit product. */
 bool form_v_pmull64(struct uop *u, uint32_t i) { return registers(u, i, 3, bits(i, 30, 1), 1); }
 
-/* ---- Shifts by an immediate: immh:immb is the size and the amount --------------------------------------------------- */
+/* ---- Shifts by an immediate: immh:immb is the size and the amount ------------------------------------------------ */
 
 /* The size is the place of immh's top bit; immh is zero only for encodings of other classes. */
 static bool shift_size(uint32_t i, unsigned *size) {
@@ -125,7 +125,7 @@ bool form_s_shr_d(struct uop *u, uint32_t i) { return bits(i, 22, 1) && form_s_s
 bool form_s_shl_d(struct uop *u, uint32_t i) { return bits(i, 22, 1) && form_s_shl(u, i); }
 bool form_s_shr_narrow(struct uop *u, uint32_t i) { return !bits(i, 22, 1) && form_s_shr(u, i); }
 
-/* ---- By element: the index is in H, L and M, as many of them as the size leaves ------------------------------------- */
+/* ---- By element: the index is in H, L and M, as many of them as the size leaves ---------------------------------- */
 
 static bool element(struct uop *u, uint32_t i) {
     unsigned high = bits(i, 11, 1), low = bits(i, 21, 1), index;
@@ -152,7 +152,7 @@ bool form_v_element_fp(struct uop *u, uint32_t i) { return form_v_fp(u, i) && el
 bool form_s_element(struct uop *u, uint32_t i) { return form_s_hs(u, i) && element(u, i); }
 bool form_s_element_fp(struct uop *u, uint32_t i) { return form_s_fp(u, i) && element(u, i); }
 
-/* ---- Copies, permutations, immediates ------------------------------------------------------------------------------ */
+/* ---- Copies, permutations, immediates ---------------------------------------------------------------------------- */
 
 /* imm5: the lowest set bit is the size, what is above it the index, which goes to imm. */
 static bool copy_size(struct uop *u, uint32_t i, unsigned *size) {

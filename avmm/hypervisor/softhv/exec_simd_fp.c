@@ -6,7 +6,7 @@
 
 #include <float.h>
 
-/* ---- What fpu.h has no function for, in both precisions --------------------------------------------------------------- */
+/* ---- What fpu.h has no function for, in both precisions ---------------------------------------------------------- */
 
 #define SIGN(x) ((__typeof__(x))1 << (8 * sizeof(x) - 1))
 #define MASK(condition, T) ((condition) ? (T)-1 : 0)
@@ -53,9 +53,9 @@ DERIVE(64, uint64_t)
     OP_FP(name) { return lanes_##name(c, u, c->v[u->rn], v_second(c, u).r, c->v[u->rd]); }
 
 /*
- * The same with a fast path for whole registers, under the conditions of fpu.h's: `host` computes all lanes at once from
- * the vectors x, y and z (the old destination), and counts if every lane is finite and above a magnitude: none for sums,
- * whose small results are exact, else the smallest normal number.
+ * The same with a fast path for whole registers, under the conditions of fpu.h's: `host` computes all lanes at once
+ * from the vectors x, y and z (the old destination), and counts if every lane is finite and above a magnitude: none for
+ * sums, whose small results are exact, else the smallest normal number.
  */
 #define FP_FAST_OP(name, above, host, expression)                                                                      \
     FP_LANES_FUNCTION(name, expression)                                                                                \
@@ -120,7 +120,7 @@ static inline f64x2 fuse64(f64x2 x, f64x2 y, f64x2 z) {
 }
 #define FUSE(x, y, z) _Generic(x, f32x4: fuse32, f64x2: fuse64)(x, y, z)
 
-/* ---- Arithmetic ------------------------------------------------------------------------------------------------------- */
+/* ---- Arithmetic -------------------------------------------------------------------------------------------------- */
 
 FP_FAST_OP(v_fadd, ZERO, x + y, CALL(add, a, b))
 FP_FAST_OP(v_fsub, ZERO, x - y, CALL(sub, a, b))
@@ -156,7 +156,7 @@ FP_OP(v_fcmgt_zero, CALL(cmgt, a, 0))
 FP_OP(v_fcmle_zero, CALL(cmge, 0, a))
 FP_OP(v_fcmlt_zero, CALL(cmgt, 0, a))
 
-/* ---- Integers: u->imm fraction bits ------------------------------------------------------------------------------------ */
+/* ---- Integers: u->imm fraction bits ------------------------------------------------------------------------------ */
 
 #define ROUND_INT(mode, exact) CALL(round_int, a, mode, exact)
 FP_OP(v_frintn, ROUND_INT(ROUND_TIEEVEN, false))
@@ -183,7 +183,7 @@ FP_OP(v_fcvtau, TO_INT(false, ROUND_TIEAWAY))
 FP_OP(v_scvtf, CALL(from_int, SIGN_EXTENDED(a), true, (int)u->imm))
 FP_OP(v_ucvtf, CALL(from_int, a, false, (int)u->imm))
 
-/* ---- Pairs and reductions ------------------------------------------------------------------------------------------------ */
+/* ---- Pairs and reductions ---------------------------------------------------------------------------------------- */
 
 /* a and b are neighbours in the first operand followed by the second. */
 #define FP_PAIRS(T, f, function)                                                                                       \
@@ -236,7 +236,7 @@ ACROSS_OP(v_fminv, min)
 ACROSS_OP(v_fmaxnmv, maxnm)
 ACROSS_OP(v_fminnmv, minnm)
 
-/* ---- Between precisions: the size is the narrower one's -------------------------------------------------------------------- */
+/* ---- Between precisions: the size is the narrower one's ---------------------------------------------------------- */
 
 OP_FP(v_fcvtl) {
     vreg x = v_half(u, v_load(c, u->rn)).r;

@@ -56,7 +56,8 @@ static inline int128 doubled(int128 a, int128 b) { return 2 * a * b; }
         }                                                                                                              \
         return v_write_lanes(c, u, r);                                                                                 \
     }
-#define SIGNED_OP(name, expression) SATURATING_OP(name, signed_lane, signed_lane, signed_lane, saturate_signed, expression)
+#define SIGNED_OP(name, expression)                                                                                    \
+    SATURATING_OP(name, signed_lane, signed_lane, signed_lane, saturate_signed, expression)
 #define UNSIGNED_OP(name, expression) SATURATING_OP(name, lane, lane, lane, saturate_unsigned, expression)
 
 SIGNED_OP(v_sqadd, a + b)
@@ -72,7 +73,7 @@ SIGNED_OP(v_sqrdmulh, (doubled(a, b) + ROUND) >> WIDTH)
 SIGNED_OP(v_sqrdmlah, (d * ((int128)1 << WIDTH) + doubled(a, b) + ROUND) >> WIDTH)
 SIGNED_OP(v_sqrdmlsh, (d * ((int128)1 << WIDTH) - doubled(a, b) + ROUND) >> WIDTH)
 
-/* ---- Shifts ------------------------------------------------------------------------------------------------------- */
+/* ---- Shifts ------------------------------------------------------------------------------------------------------ */
 
 /* By the signed low byte of the second operand's lane. */
 #define BY_REGISTER(round) shifted(a, (int8_t)b, WIDTH, round)
@@ -89,7 +90,7 @@ SATURATING_OP(v_sqshl_imm, signed_lane, lane, lane, saturate_signed, shifted(a, 
 SATURATING_OP(v_uqshl_imm, lane, lane, lane, saturate_unsigned, shifted(a, SHIFT, WIDTH, false))
 SATURATING_OP(v_sqshlu_imm, signed_lane, lane, lane, saturate_unsigned, shifted(a, SHIFT, WIDTH, false))
 
-/* ---- Half the width ------------------------------------------------------------------------------------------------ */
+/* ---- Half the width ---------------------------------------------------------------------------------------------- */
 
 /* Of a scalar the lanes above the first are zero: r is, and Q is clear. */
 #define NARROW_OP(name, get, saturate, expression)                                                                     \
@@ -112,7 +113,7 @@ NARROW_OP(v_sqrshrn, signed_lane, saturate_signed, shifted(a, -SHIFT, 2 * WIDTH,
 NARROW_OP(v_sqrshrun, signed_lane, saturate_unsigned, shifted(a, -SHIFT, 2 * WIDTH, true))
 NARROW_OP(v_uqrshrn, lane, saturate_unsigned, shifted(a, -SHIFT, 2 * WIDTH, true))
 
-/* ---- Twice the width: the product saturates before it is accumulated, and so does the sum ----------------------------- */
+/* ---- Twice the width: the product saturates before it is accumulated, and so does the sum ------------------------ */
 
 #define LONG_OP(name, expression)                                                                                      \
     OP_FP(name) {                                                                                                      \

@@ -87,14 +87,14 @@ uint32_t fp64_to_fp32_odd(struct fpu *fp, uint64_t a); /* FCVTXN */
 uint32_t fpu_urecpe(uint32_t a);
 uint32_t fpu_ursqrte(uint32_t a);
 
-/* ---- fast paths ------------------------------------------------------------------------------------------------ */
+/* ---- fast paths -------------------------------------------------------------------------------------------------- */
 
 static inline double fp64_host(uint64_t a) { double d; memcpy(&d, &a, 8); return d; }
 static inline uint64_t fp64_bits(double d) { uint64_t a; memcpy(&a, &d, 8); return a; }
 static inline float fp32_host(uint32_t a) { float f; memcpy(&f, &a, 4); return f; }
 static inline uint32_t fp32_bits(float f) { uint32_t a; memcpy(&a, &f, 4); return a; }
 
-/* Nearest-even and no flushing: then the host differs from Arm only in NaNs, in flags, and in when underflow is seen. */
+/* Nearest-even, no flushing: then the host differs from Arm only in NaNs, flags, and when it sees underflow. */
 static inline bool fpu_host_mode(const struct fpu *fp) { return !(fp->fpcr & (FPCR_RMODE | FPCR_FZ)); }
 static inline bool fpu_inexact_seen(const struct fpu *fp) { return fp->fpsr & FPSR_IXC; }
 
