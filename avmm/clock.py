@@ -189,18 +189,25 @@ else:
         return _TimerFd()
 
 
+#: So many cancelled handles may stay among the others before it is worth sorting them out.
+_DEAD_KEPT: Final = 64
+
+
 class TimerHandle:
     """A callback that waits for its time. Compares by time."""
 
-    __slots__ = ("callback", "ns")
+    __slots__ = ("_timers", "callback", "ns")
 
-    def __init__(self, ns: int, callback: Callable[[], None]) -> None:
+    def __init__(self, ns: int, callback: Callable[[], None], timers: DeadlineTimers) -> None:
         self.ns = ns
         self.callback: Callable[[], None] | None = callback
+        self._timers = timers
 
     def cancel(self) -> None:
         """Do not call. Harmless when it has been called or cancelled."""
-        self.callback = None
+        if self.callback is not None:
+            self.callback = None
+            self._timers.cancelled()
 
     def __lt__(self, other: TimerHandle) -> bool:
         return self.ns < other.ns
@@ -216,20 +223,30 @@ class DeadlineTimers:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._heap: list[TimerHandle] = []
+        self._dead = 0  # how many handles in the heap are cancelled
         self._armed = 0  # what the kernel timer is set to; 0 when it is not
         self._alarm = _alarm()
         loop.add_reader(self._alarm.fileno(), self._ready)
 
     def at(self, ns: int, callback: Callable[[], None]) -> TimerHandle:
         """Call ``callback`` on the loop when :func:`time.monotonic_ns` has reached ``ns``."""
-        handle = TimerHandle(ns, callback)
+        handle = TimerHandle(ns, callback, self)
         heapq.heappush(self._heap, handle)
         self._arm()
         return handle
 
+    def cancelled(self) -> None:
+        """A handle's own word that it is cancelled. Once most are, they go: some were for days ahead."""
+        self._dead += 1
+        if self._dead > _DEAD_KEPT and self._dead * 2 > len(self._heap):
+            self._heap = [handle for handle in self._heap if handle.callback is not None]
+            heapq.heapify(self._heap)
+            self._dead = 0
+
     def close(self) -> None:
         """Forget every handle and close the kernel timer."""
-        self._heap.clear()
+        self._heap = []
+        self._dead = 0
         self._loop.remove_reader(self._alarm.fileno())
         self._alarm.close()
 
@@ -237,6 +254,7 @@ class DeadlineTimers:
         heap = self._heap
         while heap and heap[0].callback is None:
             heapq.heappop(heap)
+            self._dead -= 1
         # A timer left armed for a cancelled handle costs at most one idle turn; setting it costs a call every time.
         if heap and heap[0].ns != self._armed:
             self._armed = heap[0].ns
@@ -245,12 +263,14 @@ class DeadlineTimers:
     def _ready(self) -> None:
         self._alarm.drain()
         self._armed = 0
-        heap = self._heap
         now = time.monotonic_ns()
         try:
-            while heap and heap[0].ns <= now:
-                callback = heapq.heappop(heap).callback
-                if callback is not None:
+            while self._heap and self._heap[0].ns <= now:
+                handle = heapq.heappop(self._heap)
+                callback, handle.callback = handle.callback, None
+                if callback is None:
+                    self._dead -= 1
+                else:
                     callback()
         finally:
             self._arm()

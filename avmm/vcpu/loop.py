@@ -299,6 +299,7 @@ class VcpuLoop:
                 self._begin(vcpu)
                 parking.stats.entering()
             while True:
+                event: Event | None = None
                 with lock:
                     if self._vtimer_masked:
                         self._sync_vtimer(vcpu)
@@ -316,13 +317,17 @@ class VcpuLoop:
                             self._abort(vcpu)
                     elif kind != _CANCELED:
                         event = handlers[kind](self, vcpu)
-                        if event is not None:
-                            return event
-                    if parking.attention:
-                        return Event.STOP if parking.attention & STOP else Event.PAUSE
-                    if parking.irq != irq:
-                        frame.irq = irq = parking.irq
-                    parking.entered = True
+                    if event is None:
+                        if parking.attention:
+                            return Event.STOP if parking.attention & STOP else Event.PAUSE
+                        if parking.irq != irq:
+                            frame.irq = irq = parking.irq
+                        parking.entered = True
+                if event is not None:
+                    if event is not Event.PARK or not parking.linger():
+                        return event
+                    kind = _CANCELED
+                    continue
                 kind = run()
                 parking.entered = False
                 exits_by_kind[kind] += 1

@@ -5,10 +5,14 @@ controller, PSCI, pause, stop; any thread) have something for the vCPU, and the 
 
 ::
 
-              park()                       wait()
-    RUNNING ─────────► PARKED ────────── a future ──► RUNNING      by an interrupt, the deadline, or stop
-       │                                                 ▲
-       └─ turn_off() ─► OFF ───────────── a future ──────┘         by PSCI CPU_ON, or stop
+              park()           linger()         wait()
+    RUNNING ─────────► PARKED ──── at the gate ──── a future ──► RUNNING    by an interrupt, the deadline, or stop
+       │                                                            ▲
+       └─ turn_off() ─► OFF ─────────────────────── a future ───────┘       by PSCI CPU_ON, or stop
+
+A sleep begins on the vCPU's own thread, blocked at a *gate*: whoever has something for the vCPU opens it, and the
+thread is back after one wake. Only a sleep that turns out long (:data:`LINGER_NS`) goes to the event loop, where it is
+no more than a future that nobody has resolved yet and an entry among the timers; a wake from there takes two.
 
 What makes it safe: every transition and every post happens under the VM's one lock. The vCPU thread looks for pending
 work and publishes PARKED in one critical section; a poster changes its condition and looks at the mode in one critical
@@ -21,6 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Final, Protocol
@@ -54,6 +59,10 @@ PAUSE: Final = 2
 #: take longer on every machine we know of (a fast desktop some 20 us each). The vCPU spins through the rest of its WFI.
 TRIP_NS: Final = 50_000
 
+#: How long, in nanoseconds, a sleep stays on the vCPU's thread. Blocked there it costs nothing, and its wake costs half
+#: of one through the loop; handing it over costs one wake more. At one a second that is too little to measure.
+LINGER_NS: Final = 1_000_000_000
+
 
 class Timer(Protocol):
     """A timer's handle."""
@@ -80,8 +89,8 @@ class Parking:
     """
 
     __slots__ = (
-        "_future", "_loop", "_loop_thread", "_timers",
-        "attention", "deadline", "entered", "irq", "kick", "lock", "mode", "on_irq", "stats", "wakes",
+        "_future", "_gate", "_loop", "_loop_thread", "_timers",
+        "attention", "deadline", "entered", "irq", "kick", "lingering", "lock", "mode", "on_irq", "stats", "wakes",
     )  # fmt: skip
 
     def __init__(self, lock: threading.RLock, loop: asyncio.AbstractEventLoop, timers: Timers) -> None:
@@ -91,6 +100,7 @@ class Parking:
         self.attention = 0  # STOP, PAUSE
         self.entered = False  # in the guest, or past the last look at irq and attention
         self.deadline: int | None = None  # of the latest park: nanoseconds of the monotonic clock
+        self.lingering = False  # parked, the thread at the gate or on its way there
         self.kick: Callable[[], None] = lambda: None
         self.wakes = [0] * len(Cause)
         self.stats = WakeStats()
@@ -99,6 +109,8 @@ class Parking:
         self._loop_thread = threading.get_ident()
         self._timers = timers
         self._future: asyncio.Future[None] | None = None
+        self._gate = threading.Lock()  # closed while taken
+        self._gate.acquire()
 
     # The vCPU thread; the lock is held.
 
@@ -112,12 +124,34 @@ class Parking:
         self.deadline = deadline
         self.mode = Mode.PARKED
         self.stats.park()
+        self.lingering = True
         return True
 
     def turn_off(self) -> None:
         """CPU_OFF: only :meth:`power_on` or a stop ends this sleep."""
         self.deadline = None
         self.mode = Mode.OFF
+
+    # The vCPU thread, without the lock.
+
+    def linger(self) -> bool:
+        """After :meth:`park`: sleep at the gate. True when the vCPU is to run on, False when it is the loop's turn."""
+        now = time.monotonic_ns()
+        deadline = self.deadline
+        until = now + LINGER_NS if deadline is None else min(deadline, now + LINGER_NS)
+        if not self._gate.acquire(timeout=max(until - now, 0) / 1e9):
+            with self.lock:
+                self.give_up(until == deadline)
+        return self.mode is Mode.RUNNING
+
+    def give_up(self, expired: bool) -> None:
+        """The wait at the gate ended and nobody had opened it; ``expired``: so did the sleep. The lock is held."""
+        if not self.lingering:
+            self._gate.acquire()  # it was opened before we had the lock
+            return
+        self.lingering = False
+        if expired:
+            self._wake(Cause.TIMER)
 
     # Posters: any thread.
 
@@ -146,6 +180,8 @@ class Parking:
                 self.kick()
             elif attention & STOP and self.mode in (Mode.PARKED, Mode.OFF):
                 self._wake(Cause.STOP)
+            elif self.lingering:
+                self._open_gate()
 
     def withdraw(self, attention: int) -> None:
         """Take a request back."""
@@ -168,6 +204,9 @@ class Parking:
         self.mode = Mode.RUNNING
         self.wakes[cause] += 1
         self.stats.wake(self.deadline if cause is Cause.TIMER else None)
+        if self.lingering:
+            self._open_gate()
+            return
         future, self._future = self._future, None
         if future is None:
             return  # the coroutine is still on its way to wait(), which will look at the mode
@@ -175,6 +214,10 @@ class Parking:
             _resolve(future)
         else:
             self._loop.call_soon_threadsafe(_resolve, future)
+
+    def _open_gate(self) -> None:
+        self.lingering = False
+        self._gate.release()
 
     # The coroutine, on the loop.
 

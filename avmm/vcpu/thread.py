@@ -7,7 +7,9 @@ would be its futures and locks.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -19,6 +21,17 @@ T = TypeVar("T")
 
 #: Signals that a fault of this very thread raises; blocking them would only hide where it happened.
 _OWN_FAULTS: Final = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT})
+
+_PR_SET_TIMERSLACK: Final = 29
+
+
+def _wake_on_time() -> None:
+    """Let the kernel end this thread's waits when they are over, not up to 50 us later to save a wake (prctl(2)).
+
+    macOS has no such call for one thread; where it coalesces, a timer is late by as much.
+    """
+    if sys.platform == "linux":
+        ctypes.PyDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
 
 
 class VcpuThread:
@@ -50,6 +63,7 @@ class VcpuThread:
     def _main(self) -> None:
         # A signal handled here would make the engine return for nothing (UNKNOWN on macOS).
         signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.valid_signals()) - _OWN_FAULTS)
+        _wake_on_time()
         get = self._work.get
         post = self._loop.call_soon_threadsafe
         while (work := get()) is not None:

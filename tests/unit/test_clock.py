@@ -171,3 +171,21 @@ async def test_close_releases_everything() -> None:
     timers.at(time.monotonic_ns() + 10**12, lambda: None)
     timers.close()
     assert len(os.listdir("/proc/self/fd")) == fds
+
+
+@on_both_loops
+async def test_cancelled_timers_do_not_pile_up() -> None:
+    """A guest that is woken before its far deadline, again and again, costs no memory; the others still fire."""
+    timers = DeadlineTimers(asyncio.get_running_loop())
+    far = time.monotonic_ns() + 10**12
+    done = asyncio.Event()
+    for number in range(10_000):
+        handle = timers.at(far + number, lambda: None)
+        if number % 100 == 0:
+            timers.at(far, done.clear)
+        handle.cancel()
+        handle.cancel()
+    assert len(timers._heap) < 400
+    timers.at(time.monotonic_ns() + 100_000, done.set)
+    await asyncio.wait_for(done.wait(), 20)
+    timers.close()

@@ -27,9 +27,11 @@ class State:
     attention: int = 0
     entered: bool = False
     deadline: int | None = None
+    lingering: bool = False
+    gate: bool = False  # open
     attached: bool = False  # it holds the future that the coroutine awaits
     # The engine and the guest.
-    thread: str = "idle"  # idle | serve | guest | left
+    thread: str = "idle"  # idle | serve | guest | left | linger | late | through
     exit: str = ""  # what is served next: "" | wfi | wfi-timer | ack | off
     delivered: bool = False  # the IRQ level the guest sees
     kicked: bool = False  # the engine's sticky kick
@@ -70,6 +72,19 @@ class _Loop:
         self.world.queued = True
 
 
+class _Gate:
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def acquire(self) -> None:
+        assert self.world.gate, "would block"
+        self.world.gate = False
+
+    def release(self) -> None:
+        assert not self.world.gate, "opened twice"
+        self.world.gate = True
+
+
 class World:
     """One state, thawed: a real Parking, and the rest as attributes."""
 
@@ -79,6 +94,7 @@ class World:
         self.resolved = state.resolved
         self.queued = state.queued
         self.kicked = state.kicked
+        self.gate = state.gate
         loop = cast(asyncio.AbstractEventLoop, _Loop(self))
         self.parking = parking = protocol(threading.RLock(), loop, cast(Any, None))
         parking.mode = state.mode
@@ -86,6 +102,8 @@ class World:
         parking.attention = state.attention
         parking.entered = state.entered
         parking.deadline = state.deadline
+        parking.lingering = state.lingering
+        parking._gate = cast(threading.Lock, _Gate(self))
         parking._future = cast("asyncio.Future[None]", _Future(self)) if state.attached else None
         parking.kick = self._kick
 
@@ -102,6 +120,8 @@ class World:
             attention=parking.attention,
             entered=parking.entered,
             deadline=parking.deadline,
+            lingering=parking.lingering,
+            gate=self.gate,
             attached=parking._future is not None,
             resolved=self.resolved,
             queued=self.queued,
@@ -122,7 +142,7 @@ def successors(state: State, protocol: type[Parking], forgetful: bool) -> Iterat
         parking = world.parking
         changes: dict[str, Any] = {"exit": "", "on_pending": False, "off": state.off and not state.on_pending}
         if state.exit.startswith("wfi") and parking.park(9 if state.exit == "wfi-timer" else None):
-            yield "serve: park", world.freeze(thread="idle", **changes)
+            yield "serve: park", world.freeze(thread="linger", **changes)
         elif state.exit == "off":
             parking.turn_off()
             yield "serve: off", world.freeze(thread="idle", **changes | {"off": True})
@@ -146,6 +166,18 @@ def successors(state: State, protocol: type[Parking], forgetful: bool) -> Iterat
             yield "guest: WFI, timer set", replace(state, thread="left", exit="wfi-timer", inside=False)
             if state.offs:
                 yield "guest: CPU_OFF", replace(state, thread="left", exit="off", offs=state.offs - 1, inside=False)
+    elif state.thread == "linger":
+        if state.gate:
+            yield "gate: open", replace(state, gate=False, thread="through")
+        else:
+            yield "gate: too late", replace(state, thread="late")
+    elif state.thread == "late":
+        for expired in (False, True) if state.deadline is not None else (False,):
+            world = thaw()
+            world.parking.give_up(expired)
+            yield f"late: {'expired' if expired else 'hands over'}", world.freeze(thread="through")
+    elif state.thread == "through":
+        yield "through", replace(state, thread="serve" if state.mode is Mode.RUNNING else "idle")
     elif state.thread == "left":
         world = thaw()
         world.parking.entered = False
@@ -226,8 +258,12 @@ def flaw(state: State, forgetful: bool) -> str:
         return "parked with its interrupt up"
     if state.mode is Mode.OFF and state.on_pending:
         return "off though turned on"
-    if state.mode is not Mode.RUNNING and state.thread != "idle":
+    if state.mode is not Mode.RUNNING and state.thread in ("serve", "guest", "left"):
         return "asleep while its thread runs"
+    if state.thread in ("linger", "late") and not state.gate and (state.mode is Mode.RUNNING or state.attention):
+        return "called, but the gate stays shut"
+    if state.gate and state.thread not in ("linger", "late"):
+        return "the gate is left open"
     if state.coroutine == "await" and state.mode is Mode.RUNNING and not (state.resolved or state.queued):
         return "woken, but its future never resolves"
     if state.coroutine == "await" and state.attention & STOP and not (state.resolved or state.queued):
@@ -265,7 +301,11 @@ def search(protocol: type[Parking], *, forgetful: bool) -> tuple[int, str]:
         wrong = flaw(state, forgetful)
         if wrong:
             return len(came_from), f"{wrong}: {story(state)}"
-        for step, after in successors(state, protocol, forgetful):
+        try:
+            steps = list(successors(state, protocol, forgetful))
+        except AssertionError as error:
+            return len(came_from), f"{error}: {story(state)}"
+        for step, after in steps:
             if after not in came_from:
                 came_from[after] = state, step
                 frontier.append(after)
@@ -294,6 +334,7 @@ class ParksBlindly(Parking):
     """Publishes without looking at the IRQ line."""
 
     def park(self, deadline: int | None) -> bool:
+        self.lingering = True
         self.deadline = deadline
         self.mode = Mode.PARKED
         return True
@@ -340,6 +381,33 @@ class StaysOff(Parking):
             self._wake(Cause.POWER)
 
 
+class ShutsTheGate(Parking):
+    """Wakes who lingers without opening the gate."""
+
+    def _open_gate(self) -> None:
+        self.lingering = False
+
+
+class PausesOnlyRunning(Parking):
+    """Does not call out a thread at the gate."""
+
+    def request(self, attention: int) -> None:
+        self.attention |= attention
+        if self.entered:
+            self.kick()
+        elif attention & STOP and self.mode in (Mode.PARKED, Mode.OFF):
+            self._wake(Cause.STOP)
+
+
+class LeavesTheGateOpen(Parking):
+    """Gives up without noticing that the gate was opened meanwhile."""
+
+    def give_up(self, expired: bool) -> None:
+        self.lingering = False
+        if expired:
+            self.mode = Mode.RUNNING
+
+
 class ForgetsTheFuture(Parking):
     """Wakes by mode alone."""
 
@@ -350,7 +418,18 @@ class ForgetsTheFuture(Parking):
 
 @pytest.mark.parametrize(
     "broken",
-    [ParksBlindly, PostsWithoutLooking, KicksOnlyParked, WaitsAnyway, StopsOnlyRunning, StaysOff, ForgetsTheFuture],
+    [
+        ParksBlindly,
+        PostsWithoutLooking,
+        KicksOnlyParked,
+        WaitsAnyway,
+        StopsOnlyRunning,
+        StaysOff,
+        ForgetsTheFuture,
+        ShutsTheGate,
+        PausesOnlyRunning,
+        LeavesTheGateOpen,
+    ],
 )
 def test_search_notices(broken: type[Parking]) -> None:
     _, wrong = search(broken, forgetful=False)
