@@ -185,14 +185,15 @@ class VcpuTrack:
         now = time.monotonic_ns
         inner = vcpu.run
         slice = self._track.slice
-        began = now()
         away = True  # on the event loop, between the last exit and this entry
 
         def run() -> int:
             nonlocal away
             start = now()
             if self._exit is not None:
-                self._served(*self._exit, began if away else None, start)
+                self._served(*self._exit, away or self._loop.parking.wakes != self._wakes, start)
+            else:
+                self._wakes = list(self._loop.parking.wakes)  # of a vCPU that was turned on
             away = False
             kind = inner()
             end = now()
@@ -202,10 +203,10 @@ class VcpuTrack:
 
         return run
 
-    def _served(self, end: int, kind: int, args: dict[str, Any] | None, back: int | None, start: int) -> None:
-        """From an exit to the next entry; ``back``: when the thread came back from the event loop, if it went there."""
+    def _served(self, end: int, kind: int, args: dict[str, Any] | None, waited: bool, start: int) -> None:
+        """From an exit to the next entry; ``waited``: the vCPU slept, or its thread was back at the event loop."""
         add = self._track.slice
-        if back is None:
+        if not waited:
             add(_KINDS[kind], end, start, args)
             return
         wakes = list(self._loop.parking.wakes)

@@ -326,6 +326,7 @@ class VcpuLoop:
                 if event is not None:
                     if event is not Event.PARK or not parking.linger():
                         return event
+                    parking.stats.entering()
                     kind = _CANCELED
                     continue
                 kind = run()
