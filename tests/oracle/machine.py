@@ -75,9 +75,25 @@ class Result:
     detail: str = ""
 
 
+#: Attribute 0: normal, write-back. 39 bits, 4 KiB, TTBR1 off, 40-bit PAs. RES1 and SPAN, I, C, M.
+MAIR_VALUE = 0xFF
+TCR_VALUE = 25 | 1 << 8 | 1 << 10 | 3 << 12 | 1 << 23 | 2 << 32
+SCTLR_VALUE = 0x30D0_0800 | 1 << 12 | 1 << 2 | 1
+
+
 def new_ram() -> mmap.mmap:
-    """RAM with everything laid out but the page tables' contents, which only softhv needs."""
+    """RAM with everything laid out. Of the page tables Unicorn makes no use, but for test_translation."""
     ram = mmap.mmap(-1, SIZE)
     ram[:CODE_SIZE] = HVC.to_bytes(4, "little") * (CODE_SIZE // 4)
     ram[:VECTORS_SIZE] = HVC_VECTOR.to_bytes(4, "little") * (VECTORS_SIZE // 4)
+    block = 1 | 3 << 8 | 1 << 10  # a block, inner shareable, accessed, attribute 0 (Arm ARM D8.3)
+    never_executed, user = 3 << 53, 1 << 6
+    level2 = TABLES + 0x1000
+    for at, entry in (
+        (TABLES + 8 * (BASE >> 30), level2 | 3),
+        (level2, CODE | block),
+        (level2 + 8, CODE + 2 * MIB | block),
+        (level2 + 16, DATA | block | never_executed | user),
+    ):
+        ram[at - BASE : at - BASE + 8] = entry.to_bytes(8, "little")
     return ram

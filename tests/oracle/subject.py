@@ -13,9 +13,10 @@ from tests.oracle.machine import (
     BASE,
     CODE,
     CODE_SIZE,
-    DATA,
-    MIB,
+    MAIR_VALUE,
+    SCTLR_VALUE,
     TABLES,
+    TCR_VALUE,
     VECTORS,
     VECTORS_SIZE,
     Outcome,
@@ -44,19 +45,12 @@ class Subject:
 
     def __init__(self) -> None:
         self.ram = new_ram()
-        self._write_tables()
         self._vm = Softhv()
         self._vm.map(Region(BASE, self.ram))
         self.vcpu = self._vm.create_vcpu()
-        for encoding, value in (
-            (MAIR, 0xFF),  # attribute 0: normal, write-back
-            (TCR, 25 | 1 << 8 | 1 << 10 | 3 << 12 | 1 << 23 | 2 << 32),  # 39 bits, 4 KiB, TTBR1 off, 40-bit PAs
-            (TTBR0, TABLES),
-            (VBAR, VECTORS),
-            (CPACR, 3 << 20),
-            (SCTLR, 0x30D0_0800 | 1 << 12 | 1 << 2 | 1),  # RES1 and SPAN, I, C, M
-        ):
-            self.vcpu.set_sysreg(encoding, value)
+        self.vcpu.set_sysreg(VBAR, VECTORS)
+        self.vcpu.set_sysreg(CPACR, 3 << 20)
+        self.translate()
         self._handle = self.vcpu._handle  # the C interface: twice as fast as the methods
         self._exit = self.vcpu._exit
         self._x = ffi.new("uint64_t[31]")
@@ -78,21 +72,10 @@ class Subject:
                 self.vcpu.kick()
             seen = self._started
 
-    def _write_tables(self) -> None:
-        """One level 1 entry, then three 2 MiB blocks (Arm ARM D8.3): code for EL1 alone, data for EL0 as well."""
-        block = 1 | 3 << 8 | 1 << 10  # a block, inner shareable, accessed, attribute 0
-        never_executed = 3 << 53
-        user = 1 << 6
-        level1, level2 = TABLES, TABLES + 0x1000
-
-        def entry(table: int, index: int, value: int) -> None:
-            at = table - BASE + 8 * index
-            self.ram[at : at + 8] = value.to_bytes(8, "little")
-
-        entry(level1, BASE >> 30, level2 | 3)
-        entry(level2, 0, CODE | block)
-        entry(level2, 1, CODE + 2 * MIB | block)
-        entry(level2, 2, DATA | block | never_executed | user)
+    def translate(self) -> None:
+        """The MMU as programs find it."""
+        for encoding, value in ((MAIR, MAIR_VALUE), (TCR, TCR_VALUE), (TTBR0, TABLES), (SCTLR, SCTLR_VALUE)):
+            self.vcpu.set_sysreg(encoding, value)
 
     def loaded(self) -> None:
         """Programs were written: forget translations of what was there."""
