@@ -172,8 +172,8 @@ def test_terminal_ctrl_c_reaches_the_guest_and_ctrl_a_x_quits(terminal: Terminal
     terminal.read_until(b"ready")
     assert terminal.raw
     terminal.read_until(b"# ")
-    terminal.type(b"cat -v\n")
-    terminal.read_until(b"cat -v")
+    terminal.type(b"echo G''O; cat -v\n")
+    terminal.read_until(b"\nGO")  # the shell's own line editing is over
     terminal.type(b"\x01\x01:\n")  # Ctrl-A Ctrl-A sends one
     terminal.read_until(b"\n^A:")  # not the terminal's echo: cat is running
     terminal.type(b"\x03")
