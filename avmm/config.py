@@ -24,7 +24,7 @@ CMDLINE_MAX = 2047
 #: `panic=-1` makes a panicking kernel reset at once, which is how we learn of it.
 DEFAULT_CMDLINE = "console=ttyAMA0 panic=-1"
 
-ENGINES = ("auto", "framework", "softhv")
+ENGINES = ("auto", "framework", "softhv", "softhv,interpreter")
 
 _SIZE = re.compile(r"(\d+)\s*([kmgt]?)i?b?", re.IGNORECASE)
 

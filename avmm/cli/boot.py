@@ -23,7 +23,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     p.add_argument("--cmdline", metavar="ARGS", help="replace the default kernel command line")
     p.add_argument("-m", "--memory", metavar="SIZE", default="512M", help="guest RAM (default 512M)")
     p.add_argument("-c", "--cpus", metavar="N", type=int, default=1, help="number of vCPUs (default 1)")
-    p.add_argument("--engine", default="auto", help="auto, framework or softhv (default auto)")
+    p.add_argument("--engine", default="auto", help="auto, framework, softhv or softhv,interpreter (default auto)")
     p.add_argument("--timeout", metavar="SECONDS", type=_seconds, help="end with exit code 124 after this long")
     p.add_argument("--no-reboot", action="store_true", help="exit when the guest resets instead of rebooting it")
     p.add_argument("--dump-dtb", metavar="FILE", help="write the device tree to FILE and exit")

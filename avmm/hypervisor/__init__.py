@@ -23,13 +23,13 @@ __all__ = [
 ]
 
 #: Every engine's name, the preferred first.
-ENGINES = ("framework", "softhv")
+ENGINES = ("framework", "softhv", "softhv,interpreter")
 
 
 def available_engines() -> tuple[str, ...]:
     """The engines this machine can have, the preferred first; whether one may be used shows when it is opened."""
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
-    return ENGINES if apple else ("softhv",)
+    return ENGINES if apple else ENGINES[1:]
 
 
 def open_hypervisor(name: str = "auto") -> Hypervisor:
@@ -37,10 +37,10 @@ def open_hypervisor(name: str = "auto") -> Hypervisor:
     if name == "auto":
         name = available_engines()[0]
     # Imported only now: loading an engine costs milliseconds that `import avmm` must not.
-    if name == "softhv":
+    if name in ("softhv", "softhv,interpreter"):
         from avmm.hypervisor.softhv import Softhv
 
-        return Softhv()
+        return Softhv(compiled=name == "softhv")
     if name == "framework":
         from avmm.hypervisor.framework import Framework
 

@@ -22,9 +22,10 @@ def main() -> int:
     parser.add_argument("--show", type=int, default=2, help="mismatches printed per row (default 2)")
     parser.add_argument("--list", action="store_true", help="print the rows and their patterns")
     parser.add_argument("--word", type=lambda text: int(text, 16), help="compare this one instruction, N times")
+    parser.add_argument("--interpreted", action="store_true", help="by the interpreter instead of compiled code")
     options = parser.parse_args()
 
-    comparison = Comparison()
+    comparison = Comparison(not options.interpreted)
     if options.word is not None:
         return one_word(comparison, options.word, options.n, options.seed, options.show)
     chosen = [row for row in comparison.table.rows if any(fnmatchcase(row.name, glob) for glob in options.rows)]

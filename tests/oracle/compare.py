@@ -133,10 +133,10 @@ class Report:
 class Comparison:
     """Both machines, and the tables to make cases from."""
 
-    def __init__(self) -> None:
+    def __init__(self, compiled: bool) -> None:
         self.table = Table()
         self.reference = Reference()
-        self.subject = Subject()
+        self.subject = Subject(compiled)
         self._libc = _memcmp.dlopen(None)
         offset = SCRATCH - BASE
         self._scratch = [

@@ -11,9 +11,9 @@ pytest.importorskip("unicorn", reason="the oracle is Unicorn: pip install 'avmm[
 from tests.oracle.compare import Comparison
 
 
-@pytest.fixture(scope="package")
-def comparison() -> Iterator[Comparison]:
+@pytest.fixture(scope="package", params=[False, True], ids=["interpreted", "compiled"])
+def comparison(request: pytest.FixtureRequest) -> Iterator[Comparison]:
     """softhv beside Unicorn."""
-    comparison = Comparison()
+    comparison = Comparison(request.param)
     yield comparison
     comparison.close()

@@ -40,12 +40,21 @@ FETCH = {0x21, 0x22}  # instruction abort, PC alignment: a branch went there
 TO_EL2 = {0x01: Outcome.WAIT, 0x17: Outcome.SMC, 0x24: Outcome.FAULT}
 
 
-class Subject:
-    """One vCPU of softhv. Its memory is ``ram``; call :meth:`loaded` after writing programs into it."""
+class Eager(Softhv):
+    """No block is interpreted first."""
 
-    def __init__(self) -> None:
+    COMPILE_AFTER = 0
+
+
+class Subject:
+    """One vCPU of softhv. Its memory is ``ram``; call :meth:`loaded` after writing programs into it.
+
+    Either everything is compiled for the host before it runs, or nothing is.
+    """
+
+    def __init__(self, compiled: bool) -> None:
         self.ram = new_ram()
-        self._vm = Softhv()
+        self._vm = Eager(compiled=compiled)
         self._vm.map(Region(BASE, self.ram))
         self.vcpu = self._vm.create_vcpu()
         self.vcpu.set_sysreg(VBAR, VECTORS)

@@ -10,6 +10,8 @@ try:
 except ImportError as error:  # a checkout that was never built, or a wheel for another machine
     raise EngineError(f"softhv is not built: run `pip install -e .` in the checkout ({error})") from error
 
+UNSUPPORTED = 0xFAE9400F  # HV_UNSUPPORTED
+
 _COUNTERS = [name for name, _ in ffi.typeof("softhv_counters_t").fields if name != "reserved"]
 
 
@@ -26,18 +28,27 @@ class SofthvVcpu(NativeVcpu):
 
 
 class Softhv(NativeHypervisor):
-    """One of any number of softhv VMs in the process."""
+    """One of any number of softhv VMs in the process; ``compiled`` says whether it may compile guest code."""
 
     name = "softhv"
     many_vms = True
+    #: A block of guest code is interpreted that often before it is compiled for the host, where that can be done.
+    COMPILE_AFTER = 8
+    #: Bytes of compiled code kept at once; 0: as many as the engine likes.
+    CODE_LIMIT = 0
 
-    def __init__(self) -> None:
+    def __init__(self, *, compiled: bool = True) -> None:
+        self._compile_after = self.COMPILE_AFTER if compiled else lib.SOFTHV_NO_JIT
         super().__init__(ffi, lib)
 
     def _create(self) -> None:
         self._vm = lib.softhv_vm_new()
         if self._vm == ffi.NULL:
             raise EngineError("softhv_vm_new failed: the host is out of memory")
+        code = lib.softhv_vm_set_jit(self._vm, self._compile_after, self.CODE_LIMIT)
+        if code and code & 0xFFFF_FFFF != UNSUPPORTED:
+            lib.softhv_vm_free(self._vm)
+            fail("softhv_vm_set_jit", code)
         self._enter()
         super()._create()
 

@@ -1,6 +1,6 @@
 /* The cache of decoded blocks, by guest physical address. */
 #define _GNU_SOURCE
-#include "engine.h"
+#include "jit.h"
 
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -88,10 +88,15 @@ void code_flush(struct vm *vm) {
         atomic_store_explicit(&code->marked[i], 0, memory_order_relaxed);
     madvise(code->arena, code->used, MADV_DONTNEED);
     code->used = 0;
+    jit_flush(vm);
     vm->code_gen++;
     if (vm->turn)
         vm->turn->counters.flushes++;
 }
+
+bool code_full(const struct vm *vm) { return vm->code->used > ARENA_SIZE - 2 * (BLOCK_BYTES + 2 * 64); }
+
+const uint8_t *code_arena(const struct vm *vm) { return vm->code->arena; }
 
 struct block *code_block(struct vcpu *c, uint64_t pa, const uint8_t *host) {
     struct vm *vm = c->vm;
@@ -101,7 +106,7 @@ struct block *code_block(struct vcpu *c, uint64_t pa, const uint8_t *host) {
         block = block->bucket;
     if (block)
         return block;
-    if (code->used > ARENA_SIZE - BLOCK_BYTES - 2 * 64) {
+    if (code_full(vm)) {
         code_flush(vm);
         tlb_drop_code(c);
         c->code_gen = vm->code_gen;
@@ -116,7 +121,9 @@ struct block *code_block(struct vcpu *c, uint64_t pa, const uint8_t *host) {
         *head = page;
     }
     block = (struct block *)(code->arena + code->used);
-    decode_block(block, pa, host);
+    decode_block(block, pa, host, false);
+    block->cold = jit_threshold(vm);
+    block->code = NULL;
     take(code, sizeof *block + (block->count + 1) * sizeof(struct uop));
     block->page = page->blocks;
     page->blocks = block;
@@ -125,6 +132,18 @@ struct block *code_block(struct vcpu *c, uint64_t pa, const uint8_t *host) {
     *bucket = block;
     c->counters.blocks++;
     return block;
+}
+
+const struct block *code_trace(struct vm *vm, const struct block *block) {
+    struct ram *ram = vm_ram(vm, block->pa);
+    if (!ram || code_full(vm))
+        return NULL;
+    struct block *trace = (struct block *)(vm->code->arena + vm->code->used);
+    decode_block(trace, block->pa, ram->host + (block->pa - ram->ipa), true);
+    if (!trace->count)
+        return NULL;
+    take(vm->code, sizeof *trace + (trace->count + 1) * sizeof(struct uop));
+    return trace;
 }
 
 static void drop_page(struct vm *vm, struct code_page *page) {

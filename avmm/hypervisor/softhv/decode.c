@@ -100,7 +100,12 @@ static bool decode(struct uop *u, uint32_t insn, uint8_t off) {
     return false;
 }
 
-void decode_block(struct block *block, uint64_t pa, const uint8_t *host) {
+static bool conditional(const struct uop *u) {
+    return u->fn == t_b_cond || u->fn == t_cbz32 || u->fn == t_cbz64 || u->fn == t_cbnz32 || u->fn == t_cbnz64 ||
+           u->fn == t_tbz || u->fn == t_tbnz;
+}
+
+void decode_block(struct block *block, uint64_t pa, const uint8_t *host, bool trace) {
     uint32_t room = (PAGE_SIZE - (uint32_t)(pa & (PAGE_SIZE - 1))) / 4, count = 0;
     if (room > BLOCK_MAX)
         room = BLOCK_MAX;
@@ -109,11 +114,14 @@ void decode_block(struct block *block, uint64_t pa, const uint8_t *host) {
         uint32_t insn;
         memcpy(&insn, host + 4 * count, 4);
         more = decode(&block->uops[count], insn, (uint8_t)(4 * count));
+        if (trace && block->uops[count].row == UINT16_MAX)
+            break;
+        more |= trace && conditional(&block->uops[count]);
         count++;
     } while (more && count < room);
     block->uops[count] = (struct uop){.fn = t_end_of_block, .row = UINT16_MAX, .off = (uint8_t)(4 * count)};
     for (uint32_t i = 0; i < count; i++)
-        block->uops[i].left = (uint8_t)(count - 1 - i);
+        block->uops[i].left = trace ? 0 : (uint8_t)(count - 1 - i);
     block->pa = pa;
     block->count = count;
 }

@@ -7,6 +7,7 @@
  *   decode.c     tables, instruction -> uop, blocks         code.c       the cache of blocks
  *   exec_int.c   data processing, branches                  exec_fp.c    scalar floating point
  *   exec_mem.c   loads, stores, atomics, exclusives         exec_simd*.c Advanced SIMD
+ *   jit.h        the seam of back ends for hosts; jit_x64*.c is one
  *   exec_sys.c   MSR/MRS, hints, barriers, cache, TLBI      exec_crypto.c, fpu.c
  *
  * No mutable global state but the table of vCPU handles (the ABI's) and the decode index (built once).
@@ -75,7 +76,7 @@ struct uop {
     uint32_t insn;
     uint16_t row;  /* of the decode table */
     uint8_t off;   /* bytes from the block's first instruction */
-    uint8_t left;  /* instructions after it in the block */
+    uint8_t left;  /* instructions after it in the block: counted already; none in a trace */
     uint8_t rd, rn, rm, ra; /* indexes into x[] (resolved as above) or v[] */
     uint32_t aux;  /* whatever the form wants */
     uint64_t imm;
@@ -164,10 +165,12 @@ enum {
     BLOCK_MAX = 63 /* instructions: uop.off is a byte */
 };
 
-/* Immutable once published. Keyed by physical address: the same block serves every mapping. */
+/* Immutable once published, but for `cold` and `code`. Keyed by physical address: the same block serves every mapping. */
 struct block {
     uint64_t pa;
     uint32_t count;       /* instructions; it may be left before the end: uop.left */
+    int32_t cold;         /* runs left until it is compiled */
+    const void *code;     /* then, the host's */
     struct block *bucket; /* next in the hash bucket */
     struct block *page;   /* next in the code page's list */
     struct uop uops[];    /* count, then the end-of-block uop */
@@ -244,6 +247,7 @@ struct vcpu {
     uint32_t daif;      /* PSTATE.DAIF in bits 9:6 */
     uint8_t el, spsel, pan, uao, ssbs, il;
     uint8_t mmu_idx;    /* of plain loads and stores: MMU_* by el and pan */
+    struct tlb_entry *bank; /* tlb[mmu_idx], for compiled code */
     bool fp_trap;       /* FP/SIMD instructions trap at this EL: kept by update_fp_trap() */
     bool irq_line, fiq_line; /* hv_vcpu_set_pending_interrupt */
     bool exiting;       /* exit is filled in: leave hv_vcpu_run */
@@ -281,6 +285,7 @@ struct vcpu {
     bool event;       /* the event register of WFE */
     bool in_turn;     /* vm->turn is this one */
     uint64_t icount;  /* instructions retired */
+    const void *jit_link; /* see jit.h */
     struct vm *vm;
     hv_vcpu_t handle;
     /* Turns, under vm->lock. */
@@ -436,13 +441,19 @@ bool turn_yield(struct vcpu *c);       /* let the other vCPUs run; false: asked 
 /* ---- decode.c, code.c ------------------------------------------------------------------------------------------- */
 
 void decode_init(void); /* idempotent, thread-safe */
-/* Decode from `host` (guest code at `pa`) up to the end of its page or of the block. */
-void decode_block(struct block *block, uint64_t pa, const uint8_t *host);
+/*
+ * Decode from `host` (guest code at `pa`) up to the end of its page or of the block. A trace goes on past conditional
+ * branches, and ends before what is UNDEFINED.
+ */
+void decode_block(struct block *block, uint64_t pa, const uint8_t *host, bool trace);
 extern struct row a64_rows[];
 extern const uint32_t a64_row_count;
 
 /* By the vCPU whose turn it is, between blocks, or for code_invalidate() as the last thing of one. */
 struct block *code_block(struct vcpu *c, uint64_t pa, const uint8_t *host); /* found or decoded */
+const struct block *code_trace(struct vm *vm, const struct block *block); /* for the compiler; NULL: nothing to gain */
+bool code_full(const struct vm *vm);
+const uint8_t *code_arena(const struct vm *vm); /* where all blocks lie */
 void code_invalidate(struct vm *vm, uint64_t pa, uint64_t size);
 void code_flush(struct vm *vm);
 bool code_maybe(struct vm *vm, uint64_t pa); /* false: no block was ever decoded in this page. Any thread. */
@@ -458,6 +469,7 @@ struct ram {
     uint32_t flags;
 };
 struct code; /* code.c's */
+struct jit;  /* the back end's */
 
 enum { INVALIDATE_MAX = 32 };
 
@@ -472,6 +484,7 @@ struct vm {
     struct vcpu *vcpus[VCPU_MAX];
     uint32_t vcpu_count;
     struct code *code;
+    struct jit *jit;      /* NULL: none */
     uint64_t code_gen, map_gen; /* count what makes vCPUs drop cached pointers to blocks, to RAM */
     struct {
         uint32_t count; /* more than INVALIDATE_MAX: flush all */

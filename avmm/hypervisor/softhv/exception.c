@@ -24,6 +24,7 @@ void update_fp_trap(struct vcpu *c) {
 
 void pstate_changed(struct vcpu *c) {
     c->mmu_idx = c->el == 0 ? MMU_EL0 : c->pan ? MMU_EL1_PAN : MMU_EL1;
+    c->bank = c->tlb[c->mmu_idx];
     update_fp_trap(c);
     if (c->il || (c->irq_line && !(c->daif & DAIF_I)) || (c->fiq_line && !(c->daif & DAIF_F)))
         force_poll(c);

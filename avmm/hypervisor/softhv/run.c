@@ -1,6 +1,6 @@
 /* hv_vcpu_run: turns, polling, the virtual timer, and the way from block to block. */
 #define _GNU_SOURCE
-#include "engine.h"
+#include "jit.h"
 
 #include <time.h>
 
@@ -183,7 +183,10 @@ const struct uop *next_block(struct vcpu *c) {
     if (unlikely(jump->pc != c->pc || c->budget <= 0 ||
                  atomic_load_explicit(&c->poll, memory_order_relaxed) & POLL_NOW))
         return NULL;
-    const struct block *block = jump->block;
+    struct block *block = jump->block;
+    if (unlikely(block->cold <= 0))
+        return NULL;
+    block->cold--;
     c->block_pc = c->pc;
     c->budget -= (int32_t)block->count;
     return block->uops->fn(c, block->uops);
@@ -201,15 +204,46 @@ static void find_block(struct vcpu *c) {
     }
 }
 
+/* The block at c->pc ran often enough: by its compiled code, from now on. False: it has none, interpret it. */
+static bool run_compiled(struct vcpu *c, struct block *block) {
+    if (!block->code) {
+        if (jit_full(c->vm) || code_full(c->vm)) {
+            code_flush(c->vm);
+            tlb_drop_code(c);
+            c->code_gen = c->vm->code_gen;
+            return true;
+        }
+        block->code = jit_compile(c, block);
+        if (!block->code) {
+            block->cold = INT32_MAX;
+            return false;
+        }
+    }
+    if (c->jit_link)
+        jit_link(c, block->code);
+    c->jit_link = NULL;
+    jit_enter(c, block->code);
+    return true;
+}
+
 static void run(struct vcpu *c) {
+    c->jit_link = NULL;
     while (!c->exiting) {
         if (c->budget <= 0 || atomic_load_explicit(&c->poll, memory_order_relaxed) & POLL_NOW) {
+            c->jit_link = NULL;
             poll(c);
             if (c->exiting)
                 break;
         }
+        uint64_t pc = c->pc;
         find_block(c);
+        if (c->pc != pc) /* an exception */
+            c->jit_link = NULL;
         c->counters.block_runs++;
+        const struct jump_entry *jump = &c->jump[c->el][jump_index(c->pc)];
+        if (jump->pc == c->pc && jump->block->cold <= 0 && run_compiled(c, jump->block))
+            continue;
+        c->jit_link = NULL;
         next_block(c);
     }
     c->icount += (uint64_t)(int64_t)(c->slice - c->budget);

@@ -12,6 +12,14 @@ softhv_vm_t *softhv_vm_new(void);            /* NULL when memory is short */
 void softhv_vm_bind(softhv_vm_t *vm);        /* NULL: back to the default VM */
 hv_return_t softhv_vm_free(softhv_vm_t *vm); /* HV_BUSY while it has vCPUs */
 
+/*
+ * How code is run: a block is interpreted `threshold` times before it is compiled for the host; SOFTHV_NO_JIT: always.
+ * `limit`: bytes of compiled code kept at once, 0 for the default. Before the first vCPU. HV_UNSUPPORTED where
+ * nothing but the interpreter is to be had.
+ */
+#define SOFTHV_NO_JIT 0xffffffff
+hv_return_t softhv_vm_set_jit(softhv_vm_t *vm, uint32_t threshold, size_t limit);
+
 /* What os_release() is on macOS: gives back an hv_vm_config_t or hv_vcpu_config_t. */
 void softhv_release(void *config);
 
@@ -28,6 +36,10 @@ typedef struct {
     uint64_t block_runs;   /* entered through the dispatcher */
     uint64_t flushes;      /* whole code cache dropped */
     uint64_t invalidations;/* pages of code dropped */
+    uint64_t compiled;     /* blocks, for the host */
+    uint64_t compiled_bytes;
+    uint64_t compile_ns;   /* host time that took */
+    uint64_t links;        /* between them */
     uint64_t tlb_misses;
     uint64_t tlb_flushes;
     uint64_t exceptions;   /* taken to EL1 */

@@ -1,6 +1,6 @@
 /* VMs and their memory: hv_vm_*, softhv_vm_*. */
 #define _GNU_SOURCE
-#include "engine.h"
+#include "jit.h"
 
 #include <stdlib.h>
 
@@ -38,6 +38,7 @@ softhv_vm_t *softhv_vm_new(void) {
         free(vm);
         return NULL;
     }
+    jit_create(vm);
     pthread_mutex_init(&vm->lock, NULL);
     pthread_cond_init(&vm->turn_free, NULL);
     vm->ipa_bits = IPA_BITS_DEFAULT;
@@ -57,6 +58,7 @@ hv_return_t softhv_vm_free(softhv_vm_t *opaque) {
         return HV_BUSY;
     if (bound == vm)
         bound = NULL;
+    jit_destroy(vm);
     code_destroy(vm);
     pthread_cond_destroy(&vm->turn_free);
     pthread_mutex_destroy(&vm->lock);

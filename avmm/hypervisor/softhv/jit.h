@@ -1,0 +1,34 @@
+/*
+ * The seam between the dispatcher and a back end that makes host code of guest code. The interpreter's ops stay the
+ * definition of every instruction: what a back end has no code for, it calls. Without a back end for the host, or
+ * when memory for one cannot be had, vm->jit is NULL and everything is interpreted.
+ */
+#ifndef SOFTHV_JIT_H
+#define SOFTHV_JIT_H
+
+#include "engine.h"
+
+struct jit;
+
+void jit_create(struct vm *vm); /* fills vm->jit, or leaves it NULL */
+void jit_destroy(struct vm *vm);
+
+/* How often a block is interpreted before it is compiled; INT32_MAX: never. */
+int32_t jit_threshold(const struct vm *vm);
+
+/* Host code for the guest code at `block`, or NULL: no room (jit_full() then says so), or nothing to be gained. */
+const void *jit_compile(struct vcpu *c, const struct block *block);
+bool jit_full(const struct vm *vm);
+
+/* Run from c->pc, whose code this is, until the dispatcher is wanted. c->pc is exact then. */
+void jit_enter(struct vcpu *c, const void *code);
+
+/*
+ * Code that came back for want of the block at c->pc, and could have gone on there, leaves its way out in
+ * c->jit_link: it is pointed at `code`. Only before anything else of the vCPU or the VM changed.
+ */
+void jit_link(struct vcpu *c, const void *code);
+
+void jit_flush(struct vm *vm); /* all code is dropped; no vCPU is in it */
+
+#endif

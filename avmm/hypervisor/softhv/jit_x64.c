@@ -1,0 +1,551 @@
+/* The x86-64 back end: code memory, the stubs all blocks share, and how a block is left, linked and slowed down. */
+#define _GNU_SOURCE
+#include "jit_x64.h"
+
+#ifdef JIT_X64
+
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+enum { CODE_SIZE = 64 << 20, TRACE_BYTES = 64 << 10, ROWS_MAX = 2048 };
+
+/* The same memory twice: no page is ever both writable and executable at one address. */
+struct jit {
+    uint8_t *write;
+    const uint8_t *exec;
+    size_t size, limit, used, stubs; /* bytes; the stubs at the start survive flushes */
+    int32_t threshold;
+    const uint8_t *enter, *lookup, *link, *call, *call_flags; /* where to write them: point() takes distances */
+};
+
+static const struct emitter *emitter_of[ROWS_MAX];
+static bool (*plain_of[ROWS_MAX])(struct vcpu *, const struct uop *);
+
+/* ---- Guest registers in host registers ------------------------------------------------------------------------------- */
+
+static const uint8_t pool[] = {RBX, R12, R13, RSI, RDI, R8, R9, R10, R11};
+enum { POOL = sizeof pool, CALLER_SAVED = 1 << RSI | 1 << RDI | 1 << R8 | 1 << R9 | 1 << R10 | 1 << R11 };
+
+static void no_regs(struct regs *regs) {
+    memset(regs->guest, NO_GUEST, sizeof regs->guest);
+    memset(regs->host, NO_REG, sizeof regs->host);
+    regs->dirty = 0;
+}
+
+static void drop(struct regs *regs, unsigned h) {
+    if (regs->guest[h] == NO_GUEST)
+        return;
+    regs->host[regs->guest[h]] = NO_REG;
+    regs->guest[h] = NO_GUEST;
+    regs->dirty &= (uint16_t) ~(1u << h);
+}
+
+static unsigned allocate(struct emit *e, unsigned guest) {
+    unsigned h = NO_REG;
+    for (unsigned i = 0; i < POOL; i++) {
+        if (e->regs.guest[pool[i]] == NO_GUEST) {
+            h = pool[i];
+            break;
+        }
+        if (e->stamp[pool[i]] != e->now && (h == NO_REG || e->stamp[pool[i]] < e->stamp[h]))
+            h = pool[i];
+    }
+    if (e->regs.dirty >> h & 1)
+        store(e, 1, h, CPU, X_AT(e->regs.guest[h]));
+    drop(&e->regs, h);
+    e->regs.guest[h] = (uint8_t)guest;
+    e->regs.host[guest] = (uint8_t)h;
+    e->stamp[h] = e->now;
+    return h;
+}
+
+unsigned reserve(struct emit *e, unsigned guest) {
+    if (guest == R_SINK)
+        return RDX;
+    unsigned h = e->regs.host[guest];
+    if (h == NO_REG)
+        return allocate(e, guest);
+    e->stamp[h] = e->now;
+    return h;
+}
+
+void dirty(struct emit *e, unsigned guest) {
+    if (guest != R_SINK)
+        e->regs.dirty |= (uint16_t)(1u << e->regs.host[guest]);
+}
+
+unsigned use(struct emit *e, unsigned guest) {
+    bool there = e->regs.host[guest] != NO_REG;
+    unsigned h = reserve(e, guest);
+    if (!there)
+        load(e, 1, h, CPU, X_AT(guest));
+    return h;
+}
+
+unsigned def(struct emit *e, unsigned guest) {
+    unsigned h = reserve(e, guest);
+    dirty(e, guest);
+    return h;
+}
+
+unsigned use_def(struct emit *e, unsigned guest) {
+    if (guest == R_SINK) /* its old value is nobody's */
+        return RDX;
+    unsigned h = use(e, guest);
+    dirty(e, guest);
+    return h;
+}
+
+static void spill(struct emit *e, const struct regs *regs) {
+    for (unsigned i = 0; i < POOL; i++)
+        if (regs->dirty >> pool[i] & 1)
+            store(e, 1, pool[i], CPU, X_AT(regs->guest[pool[i]]));
+}
+
+/* ---- NZCV ------------------------------------------------------------------------------------------------------------ */
+
+/* nzcv = FLAGS, through EAX. The products of the raw bits meet nowhere in bits 31:28 (nor do their carries). */
+static void flags_to_memory(struct emit *e) {
+    mov(e, 0, RAX, FLAGS);
+    alu_imm(e, 0, AND, RAX, RAW_N | RAW_Z | RAW_NOT_C | RAW_V);
+    op_rr(e, 0, 0x69, RAX, RAX);
+    word32(e, 1u << 16 | 1u << 21 | 1u << 28);
+    alu_imm(e, 0, AND, RAX, (int32_t)0xf0000000);
+    alu_imm(e, 0, XOR, RAX, 1 << 29);
+    store(e, 0, RAX, CPU, AT(nzcv));
+}
+
+/* FLAGS = nzcv; no other register changes. */
+static void flags_from_memory(struct emit *e) {
+    load(e, 0, FLAGS, CPU, AT(nzcv));
+    shift(e, 0, SHR, FLAGS, 28);
+    op_rr(e, 0, 0x69, FLAGS, FLAGS);
+    word32(e, 1u << 12 | 1u << 7 | 1u);
+    alu_imm(e, 0, AND, FLAGS, RAW_N | RAW_Z | RAW_NOT_C | RAW_V);
+    alu_imm(e, 0, XOR, FLAGS, RAW_NOT_C);
+}
+
+void need_flags(struct emit *e) {
+    if (!(e->regs.flags & FLAGS_IN_REG))
+        flags_from_memory(e);
+    e->regs.flags |= FLAGS_IN_REG;
+}
+
+void keep_flags(struct emit *e) {
+    e->host_flags = e->flags_live;
+    if (!e->flags_live)
+        return;
+    byte(e, 0x9f); /* LAHF */
+    op_rr(e, 0, 0x0f90 | O, 0, RAX);
+    mov(e, 0, FLAGS, RAX);
+    e->regs.flags = FLAGS_IN_REG;
+}
+
+unsigned condition(struct emit *e, unsigned arm) {
+    static const uint8_t conditions[14] = {E, NE, AE, B, S, NS, O, NO, A, BE, GE, L, G, LE};
+    if (!e->host_flags) {
+        need_flags(e);
+        mov(e, 0, RAX, FLAGS);
+        byte(e, 0x04), byte(e, 0x7f); /* ADD AL, 127 overflows when V is set */
+        byte(e, 0x9e);                /* SAHF */
+        e->host_flags = true;
+    }
+    return conditions[arm];
+}
+
+/* ---- Ways out of a block's straight line ------------------------------------------------------------------------------ */
+
+static void jump_to(struct emit *e, const uint8_t *stub) { point(jmp(e), stub); }
+static void call_stub(struct emit *e, const uint8_t *stub) {
+    byte(e, 0xe8);
+    word32(e, 0);
+    point(e->p - 4, stub);
+}
+
+static void count(struct emit *e, const struct uop *u) { alu_mem_imm(e, SUB, CPU, AT(budget), u->off / 4 + 1); }
+
+/*
+ * Within the page the way out is a jump, pointed at its target when that is compiled: both are code of the same
+ * physical page, are dropped together, and PAGE stays right. Backwards, it looks at the budget and requests.
+ */
+void leave_to(struct emit *e, const struct uop *u, int32_t target) {
+    spill(e, &e->regs);
+    need_flags(e);
+    count(e, u);
+    if (target < 0 || target >= PAGE_SIZE) {
+        lea(e, 1, RAX, PAGE, target);
+        jump_to(e, e->jit->lookup);
+        return;
+    }
+    uint8_t *stop[2] = {NULL, NULL};
+    if (target <= page_offset(e, u)) {
+        stop[0] = jcc(e, LE);
+        op_rm(e, 0, 0xf6, 0, CPU, AT(poll));
+        byte(e, POLL_NOW);
+        stop[1] = jcc(e, NE);
+    }
+    here(e, jmp(e));
+    if (stop[0])
+        here(e, stop[0]), here(e, stop[1]);
+    mov_imm(e, RAX, (uint32_t)target);
+    call_stub(e, e->jit->link);
+}
+enum { LINK_BACK = 14 }; /* from the address that call pushes back to the jump's field */
+
+void leave_to_rax(struct emit *e, const struct uop *u) {
+    spill(e, &e->regs);
+    need_flags(e);
+    count(e, u);
+    jump_to(e, e->jit->lookup);
+}
+
+static void emit_call(struct emit *e, const struct uop *u) {
+    mov_imm(e, RSI, (uint64_t)((const uint8_t *)u - code_arena(e->jit_vm)));
+    mov_imm(e, RCX, (uint64_t)e->page_offset);
+    call_stub(e, e->regs.flags & FLAGS_IN_MEM ? e->jit->call : e->jit->call_flags);
+    e->regs.flags |= FLAGS_IN_MEM;
+}
+
+void call_op(struct emit *e, const struct uop *u, bool ends) {
+    spill(e, &e->regs);
+    emit_call(e, u);
+    no_regs(&e->regs);
+    e->regs.flags = FLAGS_IN_MEM;
+    e->host_flags = false;
+    if (ends) {
+        lea(e, 1, RAX, PAGE, page_offset(e, u) + 4);
+        leave_to_rax(e, u);
+        e->ended = true;
+    }
+}
+
+static struct outlined *outline(struct emit *e, const struct uop *u, enum outlined_kind kind) {
+    struct outlined *o = &e->outlined[e->outlined_count++];
+    *o = (struct outlined){.kind = kind, .u = u, .before = e->regs};
+    return o;
+}
+
+struct outlined *slow_call(struct emit *e, const struct uop *u) { return outline(e, u, SLOW_CALL); }
+
+void also_from(struct outlined *o, uint8_t *field) {
+    unsigned i = 0;
+    while (o->from[i])
+        i++;
+    o->from[i] = field;
+}
+
+void comes_back(struct emit *e, struct outlined *o) {
+    o->after = e->regs;
+    o->back = e->p;
+}
+
+void side_exit(struct emit *e, const struct uop *u, uint8_t *field, int32_t target) {
+    struct outlined *o = outline(e, u, SIDE_EXIT);
+    o->from[0] = field;
+    o->target = target;
+}
+
+void check_fp(struct emit *e, const struct uop *u) {
+    if (e->fp_checked)
+        return;
+    e->fp_checked = true;
+    cmp_byte(e, AT(fp_trap), 0);
+    struct outlined *o = slow_call(e, u); /* it traps, and never comes back */
+    also_from(o, jcc(e, NE));
+    comes_back(e, o);
+}
+
+static void emit_outlined(struct emit *e, const struct outlined *o) {
+    for (unsigned i = 0; i < sizeof o->from / sizeof *o->from && o->from[i]; i++)
+        here(e, o->from[i]);
+    e->regs = o->before;
+    if (o->kind == SIDE_EXIT) {
+        leave_to(e, o->u, o->target);
+        return;
+    }
+    spill(e, &e->regs);
+    emit_call(e, o->u);
+    for (unsigned i = 0; i < POOL; i++) {
+        unsigned h = pool[i], guest = o->after.guest[h];
+        if (guest == NO_GUEST)
+            continue;
+        if (CALLER_SAVED >> h & 1 || guest == o->u->rd || guest == o->u->rn || guest == o->u->ra || guest == o->u->rm)
+            load(e, 1, h, CPU, X_AT(guest));
+    }
+    point(jmp(e), o->back);
+}
+
+/* ---- Blocks -------------------------------------------------------------------------------------------------------------- */
+
+const void *jit_compile(struct vcpu *c, const struct block *block) {
+    struct jit *jit = c->vm->jit;
+    if (jit_full(c->vm))
+        return NULL;
+    uint64_t start = host_ns();
+    const struct block *trace = code_trace(c->vm, block);
+    if (!trace)
+        return NULL;
+    struct emit *e = &(struct emit){.jit = jit, .jit_vm = c->vm, .block = trace};
+    jit->used = (jit->used + 15) & ~(size_t)15;
+    uint8_t *code = e->p = jit->write + jit->used;
+    e->page_offset = (int32_t)(trace->pa & (PAGE_SIZE - 1));
+    no_regs(&e->regs);
+    e->regs.flags = FLAGS_IN_REG;
+
+    bool live_after[TRACE_MAX], live = true;
+    for (uint32_t i = trace->count; i-- > 0;) {
+        const struct emitter *by = e->by[i] = emitter_of[trace->uops[i].row];
+        uint32_t effects = by ? by->effects : USES | TRAPS;
+        live_after[i] = live;
+        if (effects & SETS)
+            live = false;
+        if (effects & (USES | TRAPS))
+            live = true;
+    }
+    for (uint32_t i = 0; i < trace->count; i++) {
+        const struct uop *u = &trace->uops[i];
+        e->now++;
+        e->flags_live = live_after[i];
+        if (e->skip) {
+            e->skip--;
+        } else if (e->by[i]) {
+            if (e->by[i]->effects & SETS)
+                e->host_flags = e->by[i]->effects & USES ? e->host_flags : false;
+            e->by[i]->emit(e, u, e->by[i]->arg);
+            if (!(e->by[i]->effects & (SETS | KEEPS)))
+                e->host_flags = false;
+        } else {
+            call_op(e, u, a64_rows[u->row].ends_block);
+        }
+    }
+    const struct uop *last = &trace->uops[trace->count - 1];
+    if (!e->ended)
+        leave_to(e, last, page_offset(e, last) + 4);
+    for (unsigned i = 0; i < e->outlined_count; i++)
+        emit_outlined(e, &e->outlined[i]);
+
+    jit->used = (size_t)(e->p - jit->write);
+    c->counters.compiled++;
+    c->counters.compiled_bytes += (uint64_t)(e->p - code);
+    c->counters.compile_ns += host_ns() - start;
+    return jit->exec + (code - jit->write);
+}
+
+bool jit_full(const struct vm *vm) { return vm->jit->used + TRACE_BYTES > vm->jit->limit; }
+
+int32_t jit_threshold(const struct vm *vm) { return vm->jit ? vm->jit->threshold : INT32_MAX; }
+
+void jit_enter(struct vcpu *c, const void *code) {
+    struct jit *jit = c->vm->jit;
+    const uint8_t *enter = jit->exec + (jit->enter - jit->write);
+    void (*function)(struct vcpu *, const void *);
+    memcpy(&function, &enter, sizeof function);
+    function(c, code);
+}
+
+void jit_link(struct vcpu *c, const void *code) {
+    struct jit *jit = c->vm->jit;
+    uint8_t *field = jit->write + ((const uint8_t *)c->jit_link - jit->exec);
+    point(field, jit->write + ((const uint8_t *)code - jit->exec));
+    c->counters.links++;
+}
+
+void jit_flush(struct vm *vm) {
+    if (vm->jit)
+        vm->jit->used = vm->jit->stubs;
+    if (vm->turn)
+        vm->turn->jit_link = NULL;
+}
+
+/* ---- Stubs ---------------------------------------------------------------------------------------------------------------- */
+
+static const uint8_t saved[] = {RBP, RBX, R12, R13, R14, R15};
+
+static void push(struct emit *e, unsigned reg) { opcode(e, 0, 0x50 | (reg & 7), 0, 0, reg); }
+static void pop(struct emit *e, unsigned reg) { opcode(e, 0, 0x58 | (reg & 7), 0, 0, reg); }
+static void align(struct emit *e) {
+    while ((uintptr_t)e->p & 15)
+        byte(e, 0xcc);
+}
+
+static void emit_stubs(struct emit *e, struct vm *vm) {
+    struct jit *jit = e->jit;
+
+    jit->enter = e->p; /* RDI: vCPU, RSI: code */
+    for (unsigned i = 0; i < sizeof saved; i++)
+        push(e, saved[i]);
+    alu_imm(e, 1, SUB, RSP, 8);
+    lea(e, 1, CPU, RDI, 128);
+    flags_from_memory(e);
+    load(e, 1, PAGE, CPU, AT(pc));
+    alu_imm(e, 1, AND, PAGE, -PAGE_SIZE);
+    op_rr(e, 0, 0xff, 4, RSI);
+
+    align(e); /* To the dispatcher, from RAX. */
+    const uint8_t *leave = e->p;
+    store(e, 1, RAX, CPU, AT(pc));
+    flags_to_memory(e);
+    alu_imm(e, 1, ADD, RSP, 8);
+    for (unsigned i = sizeof saved; i-- > 0;)
+        pop(e, saved[i]);
+    byte(e, 0xc3);
+
+    align(e); /* An op has returned false: on from pc. RSI: its uop; under the return address nothing. */
+    const uint8_t *elsewhere = e->p;
+    alu_imm(e, 1, ADD, RSP, 8);
+    op_rm(e, 0, 0x0fb6, RAX, RSI, offsetof(struct uop, off));
+    shift(e, 0, SHR, RAX, 2);
+    alu_imm(e, 0, ADD, RAX, 1);
+    op_rm(e, 0, 0x29, RAX, CPU, AT(budget));
+    flags_from_memory(e);
+    load(e, 1, RAX, CPU, AT(pc));
+
+    jit->lookup = e->p; /* To the code at RAX, if it is known. A PC with a tag, or not aligned, never is. */
+    alu_mem_imm(e, CMP, CPU, AT(budget), 0);
+    point(jcc(e, LE), leave);
+    op_rm(e, 0, 0xf6, 0, CPU, AT(poll));
+    byte(e, POLL_NOW);
+    point(jcc(e, NE), leave);
+    mov(e, 0, RCX, RAX);
+    shift(e, 0, SHR, RCX, 2);
+    mov(e, 1, RDX, RAX);
+    shift(e, 1, SHR, RDX, 13);
+    alu(e, 0, XOR, RCX, RDX);
+    alu_imm(e, 0, AND, RCX, JUMP_SIZE - 1);
+    shift(e, 0, SHL, RCX, 4);
+    op_rm(e, 0, 0x0fb6, RDX, CPU, AT(el));
+    shift(e, 0, SHL, RDX, JUMP_BITS + 4);
+    alu(e, 0, ADD, RCX, RDX);
+    alu(e, 1, ADD, RCX, CPU);
+    op_rm(e, 1, 0x3b, RAX, RCX, AT(jump) + (int32_t)offsetof(struct jump_entry, pc));
+    point(jcc(e, NE), leave);
+    load(e, 1, RCX, RCX, AT(jump) + (int32_t)offsetof(struct jump_entry, block));
+    load(e, 1, RCX, RCX, offsetof(struct block, code));
+    test(e, 1, RCX, RCX);
+    point(jcc(e, E), leave);
+    mov(e, 1, PAGE, RAX);
+    alu_imm(e, 1, AND, PAGE, -PAGE_SIZE);
+    op_rr(e, 0, 0xff, 4, RCX);
+
+    align(e); /* EAX: offset in the page of code that is not linked yet; see leave_to(). */
+    jit->link = e->p;
+    pop(e, RCX);
+    alu_imm(e, 1, SUB, RCX, LINK_BACK);
+    store(e, 1, RCX, CPU, AT(jit_link));
+    alu(e, 1, ADD, RAX, PAGE);
+    jump_to(e, leave);
+
+    align(e); /* RSI: offset of the uop in the arena, RCX: of the block in the page. */
+    jit->call_flags = e->p;
+    flags_to_memory(e);
+    jit->call = e->p;
+    mov_imm(e, RAX, (uintptr_t)code_arena(vm));
+    alu(e, 1, ADD, RSI, RAX);
+    alu(e, 1, ADD, RCX, PAGE);
+    store(e, 1, RCX, CPU, AT(block_pc));
+    op_rm(e, 0, 0x0fb7, RAX, RSI, offsetof(struct uop, row));
+    mov_imm(e, RDX, (uintptr_t)plain_of);
+    push(e, RSI);
+    lea(e, 1, RDI, CPU, -128);
+    op_rx(e, 0, 0xff, 2, RDX, RAX, 3);
+    pop(e, RSI);
+    op_rr(e, 0, 0x84, RAX, RAX);
+    point(jcc(e, E), elsewhere);
+    byte(e, 0xc3);
+    align(e);
+}
+
+_Static_assert(sizeof(struct jump_entry) == 16, "the stub `lookup` scales by it");
+_Static_assert(offsetof(struct vcpu, jump) < INT32_MAX, "displacements");
+
+static void fill_tables(void) {
+    static const struct emitter *const tables[] = {jit_x64_int, jit_x64_mem};
+    for (uint32_t row = 0; row < a64_row_count; row++) {
+        plain_of[row] = a64_rows[row].plain;
+        for (unsigned t = 0; t < sizeof tables / sizeof *tables; t++)
+            for (const struct emitter *by = tables[t]; by->plain; by++)
+                if (by->plain == a64_rows[row].plain && (by->effects & ENDS || !a64_rows[row].ends_block))
+                    emitter_of[row] = by;
+    }
+}
+
+void jit_create(struct vm *vm) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    if (a64_row_count > ROWS_MAX)
+        return;
+    pthread_once(&once, fill_tables);
+    struct jit *jit = calloc(1, sizeof *jit);
+    int fd = jit ? memfd_create("softhv-code", MFD_CLOEXEC) : -1;
+    if (fd < 0 || ftruncate(fd, CODE_SIZE)) {
+        if (fd >= 0)
+            close(fd);
+        free(jit);
+        return;
+    }
+    jit->write = mmap(NULL, CODE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    void *exec = mmap(NULL, CODE_SIZE, PROT_READ | PROT_EXEC, MAP_SHARED, fd, 0);
+    close(fd);
+    jit->exec = exec;
+    jit->size = jit->limit = CODE_SIZE;
+    if (jit->write == MAP_FAILED || exec == MAP_FAILED) { /* a host that allows no such thing */
+        if (jit->write != MAP_FAILED)
+            munmap(jit->write, CODE_SIZE);
+        if (exec != MAP_FAILED)
+            munmap(exec, CODE_SIZE);
+        free(jit);
+        return;
+    }
+    struct emit *e = &(struct emit){.jit = jit, .p = jit->write};
+    emit_stubs(e, vm);
+    jit->used = jit->stubs = (size_t)(e->p - jit->write);
+    jit->threshold = INT32_MAX;
+    vm->jit = jit;
+}
+
+void jit_destroy(struct vm *vm) {
+    struct jit *jit = vm->jit;
+    if (!jit)
+        return;
+    munmap(jit->write, jit->size);
+    munmap((void *)(uintptr_t)jit->exec, jit->size);
+    free(jit);
+    vm->jit = NULL;
+}
+
+hv_return_t softhv_vm_set_jit(softhv_vm_t *opaque, uint32_t threshold, size_t limit) {
+    struct vm *vm = (struct vm *)opaque;
+    if (!vm)
+        return HV_BAD_ARGUMENT;
+    pthread_mutex_lock(&vm->lock);
+    struct jit *jit = vm->jit;
+    hv_return_t result = HV_SUCCESS;
+    if (vm->vcpu_count)
+        result = HV_BUSY;
+    else if (!jit)
+        result = threshold == SOFTHV_NO_JIT ? HV_SUCCESS : HV_UNSUPPORTED;
+    else if (limit > jit->size || (limit && limit < jit->stubs + 2 * TRACE_BYTES))
+        result = HV_BAD_ARGUMENT;
+    else {
+        jit->threshold = threshold > INT32_MAX ? INT32_MAX : (int32_t)threshold;
+        jit->limit = limit ? limit : jit->size;
+    }
+    pthread_mutex_unlock(&vm->lock);
+    return result;
+}
+
+#else /* no back end for this host */
+
+void jit_create(struct vm *vm) { (void)vm; }
+void jit_destroy(struct vm *vm) { (void)vm; }
+int32_t jit_threshold(const struct vm *vm) { return (void)vm, INT32_MAX; }
+const void *jit_compile(struct vcpu *c, const struct block *block) { return (void)c, (void)block, NULL; }
+bool jit_full(const struct vm *vm) { return (void)vm, false; }
+void jit_enter(struct vcpu *c, const void *code) { (void)c, (void)code; }
+void jit_link(struct vcpu *c, const void *code) { (void)c, (void)code; }
+void jit_flush(struct vm *vm) { (void)vm; }
+hv_return_t softhv_vm_set_jit(softhv_vm_t *vm, uint32_t threshold, size_t limit) {
+    return !vm ? HV_BAD_ARGUMENT : threshold == SOFTHV_NO_JIT ? HV_SUCCESS : HV_UNSUPPORTED;
+}
+
+#endif

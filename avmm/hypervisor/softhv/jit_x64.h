@@ -1,0 +1,248 @@
+/*
+ * The x86-64 back end's insides: the assembler, and the state of one compilation.
+ *
+ *   jit_x64.c       code memory, shared stubs, blocks: exits, links, slow paths
+ *   jit_x64_int.c   data processing and branches      jit_x64_mem.c   loads and stores
+ *
+ * Registers of generated code:
+ *
+ *   rbp             struct vcpu + 128, so that x[0] to x[31] have 8-bit displacements
+ *   r14             VA of the guest page the code is in: blocks know no other address, one serves every mapping
+ *   r15d            NZCV as LAHF and SETO leave it (RAW_*), C inverted, which is how x86 subtracts
+ *   rax, rcx, rdx   scratch
+ *   the other nine  guest registers, allocated within a block; all are back in x[] when it is left
+ */
+#ifndef SOFTHV_JIT_X64_H
+#define SOFTHV_JIT_X64_H
+
+#include "jit.h"
+
+#if defined(__x86_64__) && defined(__linux__)
+#define JIT_X64 1
+
+enum { RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8, R9, R10, R11, R12, R13, R14, R15, NO_REG = 0xff };
+enum { NO_GUEST = 0xff };
+enum { O, NO, B, AE, E, NE, BE, A, S, NS, P, NP, L, GE, LE, G }; /* conditions of Jcc, SETcc, CMOVcc */
+enum { ADD, OR, ADC, SBB, AND, SUB, XOR, CMP };                    /* opcodes are 8 * this + a form */
+enum { ROR = 1, SHL = 4, SHR, SAR = 7 };
+
+#define CPU RBP
+#define PAGE R14
+#define FLAGS R15
+#define AT(field) ((int32_t)offsetof(struct vcpu, field) - 128)
+#define X_AT(guest) ((int32_t)(8 * (guest)) - 128)
+#define V_AT(index) (AT(v) + 16 * (int32_t)(index))
+
+enum { RAW_N = 1 << 15, RAW_Z = 1 << 14, RAW_NOT_C = 1 << 8, RAW_V = 1 << 0 };
+
+/* ---- What an instruction's emitter may rely on, and must say ------------------------------------------------------- */
+
+enum {
+    SETS = 1,  /* all of NZCV, and nothing else does */
+    USES = 2,  /* NZCV */
+    TRAPS = 4, /* may leave the block in its middle: NZCV must be right there */
+    KEEPS = 8, /* host flags */
+    ENDS = 16, /* the end of a block is emitted, or a side exit from it, when the instruction asks for one */
+};
+
+struct emit;
+struct emitter {
+    bool (*plain)(struct vcpu *, const struct uop *); /* the op it stands for */
+    void (*emit)(struct emit *e, const struct uop *u, uint32_t arg);
+    uint32_t arg;
+    uint32_t effects;
+};
+extern const struct emitter jit_x64_int[], jit_x64_mem[]; /* end with an empty one */
+
+/* ---- One compilation ----------------------------------------------------------------------------------------------- */
+
+enum { FLAGS_IN_REG = 1, FLAGS_IN_MEM = 2 };
+
+struct regs {
+    uint8_t guest[16];     /* by host register, NO_GUEST when free */
+    uint8_t host[R_COUNT]; /* by guest register, NO_REG when it is only in x[] */
+    uint16_t dirty;        /* host registers whose guest register in x[] is out of date */
+    uint8_t flags;         /* where NZCV is: FLAGS_IN_* */
+};
+
+enum outlined_kind { SLOW_CALL, SIDE_EXIT };
+struct outlined {
+    enum outlined_kind kind;
+    uint8_t *from[3]; /* rel32 fields that lead here */
+    const struct uop *u;
+    struct regs before, after; /* SLOW_CALL: state where it is left and where it comes back to */
+    const uint8_t *back;
+    int32_t target; /* SIDE_EXIT: offset from PAGE */
+};
+
+enum { TRACE_MAX = BLOCK_MAX };
+
+struct emit {
+    uint8_t *p, *end;   /* where to write; past `end` there is always room for one instruction */
+    ptrdiff_t to_exec;  /* from there to where it will run */
+    struct jit *jit;
+    struct vm *jit_vm;
+    const struct block *block;
+    int32_t page_offset; /* of the block's first instruction */
+    struct regs regs;
+    uint32_t stamp[16], now; /* last use of host registers: the oldest is evicted, never one of this instruction */
+    bool host_flags;         /* the host's flags are the guest's */
+    bool flags_live;         /* does anyone want NZCV of the current instruction? */
+    bool fp_checked;
+    bool ended;
+    uint32_t skip; /* following instructions this one did as well */
+    const struct emitter *by[TRACE_MAX];
+    struct outlined outlined[TRACE_MAX + 1];
+    unsigned outlined_count;
+};
+
+/* ---- The assembler --------------------------------------------------------------------------------------------------- */
+
+static inline void byte(struct emit *e, unsigned b) { *e->p++ = (uint8_t)b; }
+static inline void word32(struct emit *e, uint32_t v) { memcpy(e->p, &v, 4); e->p += 4; }
+static inline void word64(struct emit *e, uint64_t v) { memcpy(e->p, &v, 8); e->p += 8; }
+
+/* Opcodes: 0xPP0Fxx with a mandatory prefix PP, 0x0Fxx, or xx; BYTE_REG when a register in it is a byte one. */
+enum { BYTE_REG = 1 << 24 };
+static inline void opcode(struct emit *e, unsigned w, uint32_t op, unsigned reg, unsigned index, unsigned rm) {
+    if (op >> 16 & 0xff)
+        byte(e, op >> 16 & 0xff);
+    unsigned rex = w << 3 | (reg >> 3) << 2 | (index >> 3) << 1 | rm >> 3;
+    if (rex || (op & BYTE_REG && (reg >= 4 || rm >= 4)))
+        byte(e, 0x40 | rex);
+    if ((op >> 8 & 0xff) == 0x0f)
+        byte(e, 0x0f);
+    byte(e, op & 0xff);
+}
+/* reg, rm both registers; w: 64 bits wide. */
+static inline void op_rr(struct emit *e, unsigned w, uint32_t op, unsigned reg, unsigned rm) {
+    opcode(e, w, op, reg, 0, rm);
+    byte(e, 0xc0 | (reg & 7) << 3 | (rm & 7));
+}
+/* reg, [base + disp] */
+static inline void op_rm(struct emit *e, unsigned w, uint32_t op, unsigned reg, unsigned base, int32_t disp) {
+    opcode(e, w, op, reg, 0, base);
+    bool small = disp == (int8_t)disp;
+    unsigned mod = disp == 0 && (base & 7) != RBP ? 0 : small ? 1 : 2;
+    byte(e, mod << 6 | (reg & 7) << 3 | (base & 7));
+    if ((base & 7) == RSP)
+        byte(e, 0x24);
+    if (mod == 1)
+        byte(e, (uint8_t)disp);
+    else if (mod == 2)
+        word32(e, (uint32_t)disp);
+}
+/* reg, [base + index << scale] */
+static inline void op_rx(struct emit *e, unsigned w, uint32_t op, unsigned reg, unsigned base, unsigned index, unsigned scale) {
+    opcode(e, w, op, reg, index, base);
+    bool displaced = (base & 7) == RBP;
+    byte(e, (displaced ? 0x40 : 0) | (reg & 7) << 3 | 4);
+    byte(e, scale << 6 | (index & 7) << 3 | (base & 7));
+    if (displaced)
+        byte(e, 0);
+}
+
+static inline void mov(struct emit *e, unsigned w, unsigned to, unsigned from) {
+    if (to != from || !w) /* 32 bits wide it clears the upper half */
+        op_rr(e, w, 0x8b, to, from);
+}
+static inline void load(struct emit *e, unsigned w, unsigned to, unsigned base, int32_t disp) { op_rm(e, w, 0x8b, to, base, disp); }
+static inline void store(struct emit *e, unsigned w, unsigned from, unsigned base, int32_t disp) { op_rm(e, w, 0x89, from, base, disp); }
+static inline void lea(struct emit *e, unsigned w, unsigned to, unsigned base, int32_t disp) { op_rm(e, w, 0x8d, to, base, disp); }
+/* Any constant; leaves the flags alone. */
+static inline void mov_imm(struct emit *e, unsigned to, uint64_t value) {
+    if (value <= UINT32_MAX) {
+        opcode(e, 0, 0xb8 | (to & 7), 0, 0, to);
+        word32(e, (uint32_t)value);
+    } else if (value == (uint64_t)(int64_t)(int32_t)value) {
+        opcode(e, 1, 0xc7, 0, 0, to);
+        byte(e, 0xc0 | (to & 7));
+        word32(e, (uint32_t)value);
+    } else {
+        opcode(e, 1, 0xb8 | (to & 7), 0, 0, to);
+        word64(e, value);
+    }
+}
+static inline void alu(struct emit *e, unsigned w, unsigned what, unsigned to, unsigned from) { op_rr(e, w, 8 * what + 3, to, from); }
+static inline void alu_imm(struct emit *e, unsigned w, unsigned what, unsigned to, int32_t value) {
+    bool small = value == (int8_t)value;
+    op_rr(e, w, small ? 0x83 : 0x81, what, to);
+    if (small)
+        byte(e, (uint8_t)value);
+    else
+        word32(e, (uint32_t)value);
+}
+/* On 32 bits of memory. */
+static inline void alu_mem_imm(struct emit *e, unsigned what, unsigned base, int32_t disp, int32_t value) {
+    bool small = value == (int8_t)value;
+    op_rm(e, 0, small ? 0x83 : 0x81, what, base, disp);
+    if (small)
+        byte(e, (uint8_t)value);
+    else
+        word32(e, (uint32_t)value);
+}
+static inline void shift(struct emit *e, unsigned w, unsigned what, unsigned to, unsigned count) {
+    if (!count)
+        return;
+    op_rr(e, w, 0xc1, what, to);
+    byte(e, count);
+}
+static inline void test(struct emit *e, unsigned w, unsigned a, unsigned b) { op_rr(e, w, 0x85, a, b); }
+static inline void test_imm(struct emit *e, unsigned reg, uint32_t value) {
+    op_rr(e, 0, 0xf7, 0, reg);
+    word32(e, value);
+}
+static inline void cmp_byte(struct emit *e, int32_t at, unsigned value) {
+    op_rm(e, 0, 0x80, CMP, CPU, at);
+    byte(e, value);
+}
+static inline void cmc(struct emit *e) { byte(e, 0xf5); }
+static inline void stc(struct emit *e) { byte(e, 0xf9); }
+
+/* Jumps: the field to patch, patched by here(). */
+static inline uint8_t *jcc(struct emit *e, unsigned condition) {
+    byte(e, 0x0f);
+    byte(e, 0x80 | condition);
+    word32(e, 0);
+    return e->p - 4;
+}
+static inline uint8_t *jmp(struct emit *e) {
+    byte(e, 0xe9);
+    word32(e, 0);
+    return e->p - 4;
+}
+static inline void point(uint8_t *field, const uint8_t *target) {
+    int32_t distance = (int32_t)(target - (field + 4));
+    memcpy(field, &distance, 4);
+}
+static inline void here(struct emit *e, uint8_t *field) { point(field, e->p); }
+
+/* ---- jit_x64.c --------------------------------------------------------------------------------------------------------- */
+
+/* A guest register to read; to write, all of it; to do both. Writing XZR goes into RDX. */
+unsigned use(struct emit *e, unsigned guest);
+unsigned def(struct emit *e, unsigned guest);
+unsigned use_def(struct emit *e, unsigned guest);
+/* A register for what an instruction will write unless it traps; then dirty(). */
+unsigned reserve(struct emit *e, unsigned guest);
+void dirty(struct emit *e, unsigned guest);
+
+void need_flags(struct emit *e);   /* NZCV in FLAGS */
+void keep_flags(struct emit *e);   /* the host's flags are NZCV now (C inverted): remember them if anyone cares */
+unsigned condition(struct emit *e, unsigned arm_condition); /* puts NZCV into the host's flags; the host's condition */
+
+/* Takes the jump (a field) when something out of the ordinary comes up: the op is called instead. Before any change. */
+struct outlined *slow_call(struct emit *e, const struct uop *u);
+void also_from(struct outlined *o, uint8_t *field);
+void comes_back(struct emit *e, struct outlined *o); /* when the fast path is done */
+
+void side_exit(struct emit *e, const struct uop *u, uint8_t *field, int32_t target);
+void leave_to(struct emit *e, const struct uop *u, int32_t target); /* offset from PAGE */
+void leave_to_rax(struct emit *e, const struct uop *u);             /* the address is in RAX */
+void call_op(struct emit *e, const struct uop *u, bool ends);
+void check_fp(struct emit *e, const struct uop *u);
+
+static inline int32_t page_offset(const struct emit *e, const struct uop *u) { return e->page_offset + u->off; }
+
+#endif
+#endif
