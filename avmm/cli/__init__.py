@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from avmm.cli import boot, fetch, top
+from avmm.cli import boot, doctor, fetch, sign, top
 from avmm.cli.exitcodes import ExitCode
 
 
@@ -19,6 +19,8 @@ def parser() -> argparse.ArgumentParser:
     boot.add_parser(commands)
     fetch.add_parser(commands)
     top.add_parser(commands)
+    doctor.add_parser(commands)
+    sign.add_parser(commands)
     return whole
 
 

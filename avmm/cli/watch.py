@@ -30,7 +30,7 @@ _MANY: Final = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """One vCPU over an interval: ``per_second`` by counter's name; percents of CPU (None: not known) and of time parked."""
+    """One vCPU over an interval: ``per_second`` by counter's name, percent of CPU (None: not known), of time parked."""
 
     index: int
     mode: str

@@ -120,6 +120,29 @@ class NativeVcpu:
         if code:
             fail("hv_vcpu_set_vtimer_offset", code)
 
+    def vtimer_mask(self) -> bool:
+        """Whether the virtual timer's exits are masked."""
+        masked = self._ffi.new("bool *")
+        code = self._lib.hv_vcpu_get_vtimer_mask(self._handle, masked)
+        if code:
+            fail("hv_vcpu_get_vtimer_mask", code)
+        return bool(masked[0])
+
+    def irq_pending(self) -> bool:
+        """The level that the next run starts with, of the IRQ input."""
+        pending = self._ffi.new("bool *")
+        code = self._lib.hv_vcpu_get_pending_interrupt(self._handle, 0, pending)
+        if code:
+            fail("hv_vcpu_get_pending_interrupt", code)
+        return bool(pending[0])
+
+    def exec_time(self) -> int:
+        """How long the vCPU has run; Apple's header says in host ticks, Apple's documentation in nanoseconds."""
+        code = self._lib.hv_vcpu_get_exec_time(self._handle, self._cell)
+        if code:
+            fail("hv_vcpu_get_exec_time", code)
+        return cast(int, self._cell[0])
+
     def counters(self) -> dict[str, int]:
         """The engine's own counters, empty where it has none."""
         return {}
@@ -174,6 +197,11 @@ class NativeHypervisor:
         if code:
             fail(call, code)
         return cast(int, value[0])
+
+    @property
+    def max_ipa_bits(self) -> int:
+        """The widest guest physical address space a VM can be given."""
+        return self._query("hv_vm_config_get_max_ipa_size")
 
     def map(self, region: Region, *, read_only: bool = False) -> None:
         """Put ``region`` into the guest's physical address space; its buffer stays open until it is unmapped."""

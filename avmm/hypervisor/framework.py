@@ -1,18 +1,10 @@
 """Apple's Hypervisor.framework: macOS on Apple silicon.
 
 The kernel gives the hypervisor only to a process whose executable carries an entitlement. For Python that is the
-interpreter, so a copy of it has to be signed once (an ad-hoc signature will do). Save as hv.plist::
-
-    <?xml version="1.0" encoding="UTF-8"?>
-    <!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" "http://www.apple.com/DTDs/PropertyList-1.0.dtd">
-    <plist version="1.0"><dict><key>com.apple.security.hypervisor</key><true/></dict></plist>
-
-and sign with the command the error message shows. Apple's own /usr/bin/python3 cannot be signed again.
+interpreter: ``avmm sign`` makes a copy of it that is signed so (see :mod:`avmm.signing`).
 """
 
 from __future__ import annotations
-
-import sys
 
 from avmm.errors import EngineError
 from avmm.hypervisor._native import NativeHypervisor
@@ -42,9 +34,7 @@ class Framework(NativeHypervisor):
         except EngineError as error:
             hint = {
                 HV_BUSY: "Hypervisor.framework allows one VM per process: close the first, or use engine='softhv'",
-                HV_DENIED: "this Python may not use the hypervisor: sign it with "
-                f"`codesign --sign - --entitlements hv.plist --force {sys.executable}` "
-                "(hv.plist: see help('avmm.hypervisor.framework'))",
+                HV_DENIED: "this Python may not use the hypervisor: run `avmm sign` once, then `avmm-hv` like `avmm`",
                 HV_UNSUPPORTED: "this Mac has no hypervisor (`sysctl kern.hv_support` says 0): use engine='softhv'",
             }.get(error.code or 0)
             if hint is None:

@@ -14,6 +14,7 @@ import pytest
 from avmm.hypervisor import ExitKind, Finish, Reg, sysreg
 from avmm.hypervisor._native import MEMORY_EXEC, MEMORY_READ, MEMORY_WRITE, RETURN_CODES
 from avmm.hypervisor._softhv import ffi, lib
+from avmm.vcpu import sysregs
 
 HYPERVISOR = Path(__file__).parents[2] / "avmm" / "hypervisor"
 ENGINE = (HYPERVISOR / "softhv" / "engine.h").read_text()
@@ -68,7 +69,7 @@ def test_exit_layout() -> None:
         ("HV_UNSUPPORTED", 0xFAE9400F),
     ],
 )
-def test_return_code(name: str, value: int) -> None:
+def test_return_code_of_softhv(name: str, value: int) -> None:
     assert RETURN_CODES[value] == name
     match = re.search(rf"#define {name} (?:\(\(hv_return_t\))?(0x[0-9a-f]+|0)\b", ENGINE)
     assert match is not None
@@ -84,6 +85,14 @@ def test_return_code(name: str, value: int) -> None:
 )
 def test_enumeration_counts_from_zero(prefix: str, names: list[str]) -> None:
     assert f"enum {{ {', '.join(prefix + name for name in names)} }};" in ENGINE
+
+
+def test_every_return_code_has_its_name() -> None:
+    assert RETURN_CODES == {
+        0: "HV_SUCCESS", 0xFAE94001: "HV_ERROR", 0xFAE94002: "HV_BUSY", 0xFAE94003: "HV_BAD_ARGUMENT",
+        0xFAE94004: "HV_ILLEGAL_GUEST_STATE", 0xFAE94005: "HV_NO_RESOURCES", 0xFAE94006: "HV_NO_DEVICE",
+        0xFAE94007: "HV_DENIED", 0xFAE94008: "HV_FAULT", 0xFAE9400F: "HV_UNSUPPORTED",
+    }  # fmt: skip
 
 
 def test_memory_flags() -> None:
@@ -120,6 +129,78 @@ def test_registers() -> None:
 )
 def test_sysreg_encoding(fields: tuple[int, int, int, int, int], encoding: int) -> None:
     assert sysreg(*fields) == encoding
+
+
+#: hv_sys_reg_t, by the names of <Hypervisor/hv_vcpu_types.h> without HV_SYS_REG_.
+SYSREGS = {
+    "MDSCR_EL1": 0x8012, "MPIDR_EL1": 0xC005, "ID_AA64PFR0_EL1": 0xC020, "SCTLR_EL1": 0xC080, "ACTLR_EL1": 0xC081,
+    "CPACR_EL1": 0xC082, "TTBR0_EL1": 0xC100, "TTBR1_EL1": 0xC101, "TCR_EL1": 0xC102, "SPSR_EL1": 0xC200,
+    "ELR_EL1": 0xC201, "SP_EL0": 0xC208, "AFSR0_EL1": 0xC288, "AFSR1_EL1": 0xC289, "ESR_EL1": 0xC290,
+    "FAR_EL1": 0xC300, "PAR_EL1": 0xC3A0, "MAIR_EL1": 0xC510, "AMAIR_EL1": 0xC518, "VBAR_EL1": 0xC600,
+    "CONTEXTIDR_EL1": 0xC681, "TPIDR_EL1": 0xC684, "CNTKCTL_EL1": 0xC708, "CSSELR_EL1": 0xD000, "SP_EL1": 0xE208,
+    "TPIDR_EL0": 0xDE82, "TPIDRRO_EL0": 0xDE83, "CNTV_CTL_EL0": 0xDF19, "CNTV_CVAL_EL0": 0xDF1A,
+}  # fmt: skip
+
+
+def test_every_register_we_touch_is_the_framework_s() -> None:
+    ours = {name: value for name, value in vars(sysregs).items() if name.endswith(("_EL0", "_EL1")) and name[0] != "_"}
+    ours |= sysregs.SAVED
+    assert {name: hex(value) for name, value in ours.items()} == {name: hex(SYSREGS[name]) for name in ours}
+
+
+#: Results and arguments, as the framework's headers declare them.
+PROTOTYPES = """
+hv_return_t hv_vm_create(hv_vm_config_t)
+hv_return_t hv_vm_destroy(void)
+hv_return_t hv_vm_get_max_vcpu_count(uint32_t *)
+hv_return_t hv_vm_map(void *, hv_ipa_t, size_t, hv_memory_flags_t)
+hv_return_t hv_vm_unmap(hv_ipa_t, size_t)
+hv_return_t hv_vm_protect(hv_ipa_t, size_t, hv_memory_flags_t)
+hv_vm_config_t hv_vm_config_create(void)
+hv_return_t hv_vm_config_get_max_ipa_size(uint32_t *)
+hv_return_t hv_vm_config_get_default_ipa_size(uint32_t *)
+hv_return_t hv_vm_config_set_ipa_size(hv_vm_config_t, uint32_t)
+hv_return_t hv_vm_config_get_ipa_size(hv_vm_config_t, uint32_t *)
+hv_vcpu_config_t hv_vcpu_config_create(void)
+hv_return_t hv_vcpu_config_get_feature_reg(hv_vcpu_config_t, uint32_t, uint64_t *)
+hv_return_t hv_vcpu_create(uint64_t *, hv_vcpu_exit_t **, hv_vcpu_config_t)
+hv_return_t hv_vcpu_destroy(uint64_t)
+hv_return_t hv_vcpu_run(uint64_t)
+hv_return_t hv_vcpus_exit(uint64_t *, uint32_t)
+hv_return_t hv_vcpu_get_reg(uint64_t, uint32_t, uint64_t *)
+hv_return_t hv_vcpu_set_reg(uint64_t, uint32_t, uint64_t)
+hv_return_t hv_vcpu_get_sys_reg(uint64_t, uint16_t, uint64_t *)
+hv_return_t hv_vcpu_set_sys_reg(uint64_t, uint16_t, uint64_t)
+hv_return_t hv_vcpu_get_pending_interrupt(uint64_t, uint32_t, bool *)
+hv_return_t hv_vcpu_set_pending_interrupt(uint64_t, uint32_t, bool)
+hv_return_t hv_vcpu_get_exec_time(uint64_t, uint64_t *)
+hv_return_t hv_vcpu_get_vtimer_mask(uint64_t, bool *)
+hv_return_t hv_vcpu_set_vtimer_mask(uint64_t, bool)
+hv_return_t hv_vcpu_get_vtimer_offset(uint64_t, uint64_t *)
+hv_return_t hv_vcpu_set_vtimer_offset(uint64_t, uint64_t)
+hv_return_t hv_vcpu_set_trap_debug_exceptions(uint64_t, bool)
+hv_return_t hv_vcpu_set_trap_debug_reg_accesses(uint64_t, bool)
+"""
+
+
+@pytest.mark.parametrize("prototype", PROTOTYPES.strip().splitlines(), ids=lambda text: text.split()[1].split("(")[0])
+def test_prototype(prototype: str) -> None:
+    result, rest = prototype.split(" ", 1)
+    name, arguments = rest.removesuffix(")").split("(")
+    found = ffi.typeof(ffi.addressof(lib, name))
+    expected = ffi.typeof(f"{result}(*)({arguments})")
+    assert found is expected
+
+
+def test_no_function_is_declared_that_is_not_checked() -> None:
+    declared = set(re.findall(r"\b(hv_\w+)\(", (HYPERVISOR / "hv.h").read_text()))
+    assert declared == set(re.findall(r"\b(hv_\w+)\(", PROTOTYPES))
+
+
+def test_simd_registers_go_by_value_in_16_bytes() -> None:
+    text = (HYPERVISOR / "hv_simd.h").read_text()
+    assert "typedef uint8_t hv_simd_fp_uchar16_t __attribute__((vector_size(16)));" in text
+    assert "hv_vcpu_set_simd_fp_reg(hv_vcpu_t vcpu, hv_simd_fp_reg_t reg, hv_simd_fp_uchar16_t value);" in text
 
 
 @pytest.mark.parametrize("kind", ExitKind)
