@@ -78,11 +78,12 @@ def raw_mode(fd: int) -> Iterator[None]:
     def stop() -> None:
         leave()
         loop.remove_signal_handler(signal.SIGTSTP)  # back to the default action ...
-        os.kill(os.getpid(), signal.SIGTSTP)  # ... which stops us here, until SIGCONT
+        os.kill(os.getpid(), signal.SIGTSTP)  # ... which stops us here until SIGCONT, unless nobody could send that
         loop.add_signal_handler(signal.SIGTSTP, stop)
+        enter()
 
     loop.add_signal_handler(signal.SIGTSTP, stop)
-    loop.add_signal_handler(signal.SIGCONT, enter)
+    loop.add_signal_handler(signal.SIGCONT, enter)  # after a SIGSTOP, too
     enter()
     try:
         yield

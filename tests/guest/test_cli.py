@@ -126,7 +126,12 @@ class Terminal:
         self.slave = slave
         self.before = termios.tcgetattr(slave)
         self.process = subprocess.Popen(
-            [*map(str, argv)], stdin=slave, stdout=slave, stderr=subprocess.PIPE, start_new_session=True
+            # A process group of its own in our session: SIGTSTP does nothing to an orphaned one.
+            [*map(str, argv)],
+            stdin=slave,
+            stdout=slave,
+            stderr=subprocess.PIPE,
+            process_group=0,
         )
 
     def read_until(self, wanted: bytes) -> bytes:
