@@ -28,6 +28,7 @@ FLAGS = ["-std=c11", "-O2", "-g", "-fno-strict-aliasing", "-Wall", "-Wextra", "-
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 SANITIZE = os.environ.get("AVMM_SANITIZE") == "1"
 COMPILE = FLAGS + SANITIZERS if SANITIZE else FLAGS
+MACOS = "-mmacosx-version-min=13.0"  # the first with hv_vm_config_get_default_ipa_size
 LINK = SANITIZERS if SANITIZE else []
 
 
@@ -63,8 +64,8 @@ def framework() -> FFI:
         '#include <Hypervisor/Hypervisor.h>\n#include "frame.h"\n',
         sources=[f"{HERE}/frame.c"],
         include_dirs=[HERE],
-        extra_compile_args=COMPILE,
-        extra_link_args=[*LINK, "-framework", "Hypervisor"],
+        extra_compile_args=[*COMPILE, MACOS],
+        extra_link_args=[*LINK, MACOS, "-framework", "Hypervisor"],
     )
     return ffi
 
