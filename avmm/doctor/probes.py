@@ -12,7 +12,7 @@ from avmm.clock import host_timebase
 from avmm.doctor import Finding
 from avmm.doctor.guest import DATA, MMIO, VECTORS, Guest, Stuck, on_own_thread
 from avmm.errors import AvmmError, EngineError
-from avmm.hypervisor import ExitKind, Finish, open_hypervisor, sysreg
+from avmm.hypervisor import ExitKind, Finish, available_engines, open_hypervisor, sysreg
 
 #: A probe returns whether what it found is as assumed (None: nothing is assumed), and what it found.
 Answer = tuple[bool | None, str]
@@ -387,9 +387,8 @@ def _second_vm(guest: Guest) -> Answer:
 
 def run(engine: str) -> list[Finding]:
     """Put ``engine`` through every probe. Raises EngineError when it cannot make a VM at all."""
-    hypervisor = open_hypervisor(engine)
-    name = hypervisor.capabilities.name
-    hypervisor.close()
+    name = available_engines()[0] if engine == "auto" else engine
+    open_hypervisor(name).close()
     topic = f"engine {name}"
     findings = []
     for title, (probe, expected) in PROBES.items():

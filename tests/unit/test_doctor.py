@@ -33,9 +33,12 @@ def test_this_machine_is_as_assumed(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert name in out
 
 
-def test_every_expectation_is_judged() -> None:
+@pytest.mark.parametrize("engine", ["softhv", "softhv,interpreter"])
+def test_every_expectation_is_judged(engine: str) -> None:
     """A probe that expects something says whether it found it; one that only tells expects nothing."""
-    for finding in probes.run("softhv"):
+    for finding in probes.run(engine):
+        assert finding.ok is not False, finding
+        assert finding.topic == f"engine {engine}"
         assert (finding.ok is None) == (finding.expected == ""), finding
 
 

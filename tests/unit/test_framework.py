@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import subprocess
 import sys
+import sysconfig
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
@@ -17,7 +21,9 @@ from avmm.hypervisor import _softhv, available_engines, open_hypervisor
 
 pytestmark = pytest.mark.skipif("framework" in available_engines(), reason="this is a Mac: the real one is there")
 
-IMAGES = Path(__file__).parents[2] / "firmware" / "images"
+ROOT = Path(__file__).parents[2]
+IMAGES = ROOT / "firmware" / "images"
+CLANG = shutil.which("clang-14") or shutil.which("clang")
 HV_BUSY, HV_DENIED, HV_UNSUPPORTED = 0xFAE94002, 0xFAE94007, 0xFAE9400F
 
 
@@ -88,3 +94,52 @@ def test_any_other_refusal_is_shown_as_it_is(lib: OneVm) -> None:
     lib.refuse = 0xFAE94001
     with pytest.raises(EngineError, match=r"hv_vm_create failed: HV_ERROR \(0xfae94001\)"):
         open_hypervisor("framework")
+
+
+# The build, against the types of Apple's headers: enumerations where ours are integers.
+
+APPLE_TYPES = """
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+typedef int hv_return_t;
+typedef uint64_t hv_vcpu_t, hv_ipa_t, hv_memory_flags_t, hv_exception_syndrome_t, hv_exception_address_t;
+typedef enum : uint32_t {
+    HV_EXIT_REASON_CANCELED, HV_EXIT_REASON_EXCEPTION, HV_EXIT_REASON_VTIMER_ACTIVATED, HV_EXIT_REASON_UNKNOWN
+} hv_exit_reason_t;
+typedef enum : uint32_t { HV_INTERRUPT_TYPE_IRQ, HV_INTERRUPT_TYPE_FIQ } hv_interrupt_type_t;
+typedef enum : uint32_t { HV_REG_PC = 31, HV_REG_FPCR, HV_REG_FPSR, HV_REG_CPSR } hv_reg_t;
+typedef enum : uint32_t { HV_SIMD_FP_REG_Q0 } hv_simd_fp_reg_t;
+typedef enum : uint16_t { HV_SYS_REG_CNTV_CTL_EL0 = 0xdf19, HV_SYS_REG_CNTV_CVAL_EL0 = 0xdf1a } hv_sys_reg_t;
+typedef enum : uint32_t { HV_FEATURE_REG_ID_AA64DFR0_EL1 } hv_feature_reg_t;
+typedef struct {
+    hv_exception_syndrome_t syndrome;
+    hv_exception_address_t virtual_address;
+    hv_ipa_t physical_address;
+} hv_vcpu_exit_exception_t;
+typedef struct { hv_exit_reason_t reason; hv_vcpu_exit_exception_t exception; } hv_vcpu_exit_t;
+typedef struct hv_vm_config_s *hv_vm_config_t;
+typedef struct hv_vcpu_config_s *hv_vcpu_config_t;
+"""
+
+
+@pytest.mark.skipif(CLANG is None, reason="needs clang, which knows enumerations of a fixed size as Apple's headers do")
+def test_both_files_of_the_build_compile_with_apple_s_types(tmp_path: Path) -> None:
+    assert CLANG is not None
+    source = ROOT / "avmm" / "hypervisor"
+    functions = (source / "hv.h").read_text()
+    simd = (source / "hv_simd.h").read_text()
+    header = tmp_path / "Hypervisor" / "Hypervisor.h"
+    header.parent.mkdir()
+    header.write_text(APPLE_TYPES + functions[functions.index("hv_return_t hv_vm_create") :] + simd)
+    build = run_path(str(source / "_build.py"))
+    module = tmp_path / "_framework.c"
+    build["framework"]().emit_c_code(str(module))
+    check: list[str | Path] = [
+        CLANG, "-std=c11", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror", "-fsyntax-only",
+        "-I", tmp_path, "-I", source, "-I", sysconfig.get_path("include"),
+    ]  # fmt: skip
+    runs: list[list[str | Path]] = [[module], ["-D__APPLE__", source / "frame.c"]]
+    for options in runs:
+        done = subprocess.run([*check, *options], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr

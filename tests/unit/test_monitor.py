@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
+import pty
 import re
+import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +307,42 @@ async def test_command() -> None:
         code, _, err = await avmm_top("another", "--once", "--interval", "0.1")
         assert code == 2
         assert "no running VM is called 'another'" in err
+
+
+@pytest.mark.parametrize("rich", [True, False])
+async def test_live_on_a_terminal(rich: bool) -> None:
+    """Redrawn in place until Ctrl-C, which leaves the terminal as it was."""
+    if rich:
+        pytest.importorskip("rich")
+    hide = "" if rich else "sys.modules['rich'] = sys.modules['rich.console'] = None;"
+    program = f"import sys; {hide} from avmm.cli import main; sys.exit(main(['top', '--interval', '0.1']))"
+    loop = asyncio.get_running_loop()
+    master, slave = pty.openpty()
+    seen = bytearray()
+    drawn = asyncio.Event()
+
+    def read() -> None:
+        seen.extend(os.read(master, 65536))
+        if seen.count(b"idle: parks") >= 3:
+            drawn.set()
+
+    async with idler() as vm:
+        await ticking(vm)
+        before = termios.tcgetattr(slave)
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 50, 160, 0, 0))
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", program, stdout=slave, stderr=slave, env=os.environ | {"TERM": "xterm"}
+        )
+        loop.add_reader(master, read)
+        await asyncio.wait_for(drawn.wait(), 60)
+        process.send_signal(signal.SIGINT)
+        assert await asyncio.wait_for(process.wait(), 60) == 128 + signal.SIGINT
+        loop.remove_reader(master)
+        assert termios.tcgetattr(slave) == before
+    os.close(master)
+    os.close(slave)
+    assert (b"\x1b[?1049h" in seen) == rich  # rich draws on the terminal's other screen
+    assert b"Traceback" not in seen
 
 
 def test_command_without_vms(capsys: pytest.CaptureFixture[str]) -> None:
