@@ -156,9 +156,7 @@ class Pl031:
     def save(self) -> Pl031State:
         """The state for a snapshot."""
         with self._lock:
-            return Pl031State(
-                _STATE_VERSION, self._offset, self._match, self._load, self._imsc, self._ris, self._due
-            )
+            return Pl031State(_STATE_VERSION, self._offset, self._match, self._load, self._imsc, self._ris, self._due)
 
     def restore(self, state: Pl031State) -> None:
         """Back to a saved state; the clock goes on with the host's time, the line is put back without an edge."""

@@ -284,9 +284,7 @@ class Line:
 
 
 def _save_bank(bank: Bank) -> BankState:
-    return BankState(
-        bank.latch, bank.line, bank.edge, bank.enabled, bank.active, bank.group, bytes(bank.priority)
-    )
+    return BankState(bank.latch, bank.line, bank.edge, bank.enabled, bank.active, bank.group, bytes(bank.priority))
 
 
 def _save_cpu(cpu: Cpu) -> CpuState:
