@@ -66,11 +66,11 @@ class Monitor:
             return
         try:
             async with asyncio.TaskGroup() as clients:
-                server = await asyncio.start_unix_server(
-                    lambda reader, writer: clients.create_task(self._serve(reader, writer)) and None,
-                    sock=listener,
-                    limit=_REQUEST_MAX,
-                )
+
+                def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                    clients.create_task(self._serve(reader, writer))
+
+                server = await asyncio.start_unix_server(accept, sock=listener, limit=_REQUEST_MAX)
                 try:
                     await asyncio.get_running_loop().create_future()
                 finally:
@@ -93,13 +93,13 @@ class Monitor:
         return listener, path
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with (
-            contextlib.suppress(ConnectionError, ValueError),
-            contextlib.closing(writer),
-        ):  # ValueError: no line in sight
-            while await reader.readline():
-                writer.write(json.dumps(self.snapshot(), separators=(",", ":")).encode() + b"\n")
-                await writer.drain()
+        with contextlib.closing(writer):
+            try:
+                while await reader.readline():
+                    writer.write(json.dumps(self.snapshot(), separators=(",", ":")).encode() + b"\n")
+                    await writer.drain()
+            except Exception as error:  # whatever it is, it is this client's alone: the others and the VM go on
+                log.debug("monitor.client_lost", error=str(error))
 
     def snapshot(self) -> dict[str, Any]:
         """What a client gets. ``now_ns`` is the monotonic clock, ``uptime`` seconds."""

@@ -14,7 +14,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Coroutine, Generator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Final
 
 import structlog
@@ -41,22 +41,22 @@ class Track:
 
     def __init__(self, trace: Trace, number: int) -> None:
         self._trace = trace
-        self._number = number
-        self._events: list[tuple[str, str, int, int, dict[str, Any] | None]] = []  # phase, name, time, length, args
+        self._where = f'"pid":{trace.pid},"tid":{number}'
+        self._events: list[tuple[str, str, int, int, str]] = []  # phase, name, time, length, arguments
 
-    def slice(self, name: str, start: int, end: int, args: dict[str, Any] | None = None) -> None:
-        """Something that went on from ``start`` to ``end``."""
+    def slice(self, name: str, start: int, end: int, args: str = "{}") -> None:
+        """Something that went on from ``start`` to ``end``; ``name`` an identifier, ``args`` a JSON object."""
         self._add("X", name, start, end - start, args)
 
     def begin(self, name: str) -> None:
         """Something begins now."""
-        self._add("B", name, time.monotonic_ns(), 0, None)
+        self._add("B", name, time.monotonic_ns(), 0, "{}")
 
-    def end(self) -> None:
+    def end(self, name: str) -> None:
         """What has begun last ends now."""
-        self._add("E", "", time.monotonic_ns(), 0, None)
+        self._add("E", name, time.monotonic_ns(), 0, "{}")
 
-    def _add(self, phase: str, name: str, at: int, length: int, args: dict[str, Any] | None) -> None:
+    def _add(self, phase: str, name: str, at: int, length: int, args: str) -> None:
         self._events.append((phase, name, at, length, args))
         if len(self._events) >= _BATCH:
             self.flush()
@@ -66,15 +66,12 @@ class Track:
         events, self._events = self._events, []
         self._trace.write([self._json(*event) for event in events])
 
-    def _json(self, phase: str, name: str, at: int, length: int, args: dict[str, Any] | None) -> str:
-        event: dict[str, Any] = {"ph": phase, "pid": self._trace.pid, "tid": self._number, "ts": self._trace.micros(at)}
-        if name:
-            event["name"] = name
+    def _json(self, phase: str, name: str, at: int, length: int, args: str) -> str:
+        # By hand: json.dumps would take longer than most exits, and the timeline would be of the tracing.
+        ts = self._trace.micros(at)
         if phase == "X":
-            event["dur"] = length / 1000
-        if args:
-            event["args"] = args
-        return json.dumps(event, separators=(",", ":"))
+            return f'{{"ph":"X",{self._where},"ts":{ts},"dur":{length / 1000},"name":"{name}","args":{args}}}'
+        return f'{{"ph":"{phase}",{self._where},"ts":{ts},"name":"{name}"}}'
 
 
 class Trace:
@@ -163,7 +160,7 @@ class IrqTrack:
             if level:
                 self._track.begin("IRQ")
             else:
-                self._track.end()
+                self._track.end("IRQ")
 
 
 class VcpuTrack:
@@ -176,7 +173,7 @@ class VcpuTrack:
         self._track = track
         self._loop = vcpu
         self._bus = bus
-        self._exit: tuple[int, int, dict[str, Any] | None] | None = None  # its end, kind and arguments
+        self._exit: tuple[int, int, str] | None = None  # its end, kind and arguments
         self._parks = 0
         self._wakes = [0] * len(Cause)
 
@@ -203,7 +200,7 @@ class VcpuTrack:
 
         return run
 
-    def _served(self, end: int, kind: int, args: dict[str, Any] | None, waited: bool, start: int) -> None:
+    def _served(self, end: int, kind: int, args: str, waited: bool, start: int) -> None:
         """From an exit to the next entry; ``waited``: the vCPU slept, or its thread was back at the event loop."""
         add = self._track.slice
         if not waited:
@@ -217,22 +214,28 @@ class VcpuTrack:
             add("paused", end, start, args)
             return
         woken = min(max(end, self._loop.parking.stats.woken), start)
-        add("parked" if parked else "off", end, woken, {"exit": _KINDS[kind]})
-        add("wake", woken, start, {"cause": causes[0]})
+        add("parked" if parked else "off", end, woken, _json(exit=_KINDS[kind]))
+        add("wake", woken, start, _json(cause=causes[0]))
 
-    def _arguments(self, kind: int, vcpu: Vcpu) -> dict[str, Any] | None:
+    def _arguments(self, kind: int, vcpu: Vcpu) -> str:
         frame = vcpu.frame
         if kind in _MMIO:
             try:
                 base, _, _, device = self._bus.window(frame.address, frame.size)
             except GuestFault:
-                return {"address": hex(frame.address)}
-            return {"device": device, "offset": hex(frame.address - base), "size": frame.size}
+                return _json(address=frame.address)
+            return _json(device=device, offset=frame.address - base, size=frame.size)
         if kind in _SYSREG:
-            return {"register": hex(frame.address)}
+            return _json(register=frame.address)
         if kind in _CALL:
-            return {"function": hex(frame.args[0])}
-        return None
+            return _json(function=frame.args[0])
+        return "{}"
+
+
+@lru_cache(maxsize=1024)
+def _json(**args: str | int) -> str:
+    """A slice's arguments; numbers as people look them up, in hexadecimal."""
+    return json.dumps({name: hex(value) if isinstance(value, int) else value for name, value in args.items()})
 
 
 @types.coroutine

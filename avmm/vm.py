@@ -266,12 +266,12 @@ class VirtualMachine:
             self._mark("end")
             self.state = "stopped"
             self._outcome = outcome
-            if monitoring is not None:
-                await cancel(monitoring)
             timers.close()
             self._release()
             self._line.close()
             self.console.transcript.close(_why_gone(outcome))
+            if monitoring is not None:
+                await cancel(monitoring)
             self._log.info("vm.ended", reason=outcome.reason, error=str(outcome.error or ""))
 
     async def _run(self, entry: Entry) -> VcpuOutcome:

@@ -142,7 +142,7 @@ def test_slices_of_several_threads_do_not_mix(tmp_path: Path) -> None:
     def fill(number: int) -> None:
         track = trace.track(f"track {number}")
         for at in range(3000):
-            track.slice("x", at * 1000, at * 1000 + 500, {"n": at})
+            track.slice("x", at * 1000, at * 1000 + 500, f'{{"n":{at}}}')
 
     for number in range(4):
         trace.track(f"track {number}")
