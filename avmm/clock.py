@@ -4,11 +4,12 @@ The only file that knows the counter's frequency, the virtual counter's offset a
 
 * *ticks* of the host counter, the one ``CNTVOFF_EL2`` refers to: ``mach_absolute_time()`` on macOS, and what
   softhv's ``softhv_absolute_time()`` returns elsewhere: ``CLOCK_MONOTONIC`` at 24 MHz;
-* *guest ticks*, ``CNTVCT_EL0`` = host ticks - offset, modulo 2**64;
+* *guest ticks*, ``CNTVCT_EL0`` = host ticks - offset, modulo 2**64, where the engine does not scale the counter;
 * *nanoseconds* of :func:`time.monotonic_ns`, which is the same counter scaled by the timebase (CPython reads
   ``mach_absolute_time`` for it on macOS, ``CLOCK_MONOTONIC`` on Linux), so instants convert without an epoch.
 
-What a guest reads in ``CNTFRQ_EL0`` plays no part: on Apple's newer chips it may differ from the timebase.
+What this process reads in ``CNTFRQ_EL0`` plays no part: on Apple's newer chips it may differ from the timebase.
+Only the engine can say that a *guest's* counter is scaled (:meth:`Clock.set_counter_frequency`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import select
 import sys
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Final, Protocol
 
 from avmm.errors import HostError
@@ -84,6 +86,12 @@ class Clock:
     def __init__(self, timebase: Timebase | None = None) -> None:
         self.timebase = timebase or host_timebase()
         self.offset = self.timebase.now()  # CNTVCT_EL0 starts at zero with the VM
+        self._scale: Fraction | None = None  # guest ticks in a host tick, where it is not one
+
+    def set_counter_frequency(self, hz: int) -> None:
+        """The engine's own word for how fast the guest's counter runs; 0: it does not know."""
+        scale = Fraction(hz * self.timebase.numer, 10**9 * self.timebase.denom)
+        self._scale = scale if scale not in (0, 1) else None
 
     def now(self) -> int:
         """The host counter, in ticks."""
@@ -95,14 +103,22 @@ class Clock:
 
     def guest_now(self) -> int:
         """CNTVCT_EL0, in ticks."""
-        return (self.timebase.now() - self.offset) & _U64
+        return self._guest(self.timebase.now())
+
+    def _guest(self, ticks: int) -> int:
+        passed = (ticks - self.offset) & _U64
+        scale = self._scale
+        return passed if scale is None else passed * scale.numerator // scale.denominator & _U64
 
     def when(self, guest_ticks: int) -> int:
         """The host nanosecond when CNTVCT_EL0 reaches ``guest_ticks``, or EXPIRED; at most a day ahead."""
         now = self.timebase.now()
-        left = guest_ticks - ((now - self.offset) & _U64)
+        left = guest_ticks - self._guest(now)
         if left <= 0:  # the comparison is of unsigned 64-bit values (Arm ARM D11.2.4)
             return EXPIRED
+        scale = self._scale
+        if scale is not None:
+            left = -(-left * scale.denominator // scale.numerator)
         timebase = self.timebase
         return min(timebase.to_ns(now + left), timebase.to_ns(now) + _FARTHEST_NS)
 

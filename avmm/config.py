@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from avmm.errors import ConfigError
+from avmm.faults import Faults
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -50,6 +51,7 @@ class VmConfig:
     cpus: int = 1
     engine: str = "auto"
     reboot: bool = True
+    faults: Faults | None = None
 
     @classmethod
     def resolve(
@@ -63,6 +65,7 @@ class VmConfig:
         cmdline: str | None = None,
         engine: str = "auto",
         reboot: bool = True,
+        faults: str | Faults | None = None,
     ) -> VmConfig:
         """Check everything that can be checked without opening a file. Raises ConfigError.
 
@@ -93,4 +96,5 @@ class VmConfig:
             cpus=cpus,
             engine=engine,
             reboot=reboot,
+            faults=Faults.parse(faults) if isinstance(faults, str) else faults,
         )

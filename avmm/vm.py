@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
@@ -31,6 +31,7 @@ from avmm.bootloader.machine import RAM_BASE, RNG_SEED_SIZE, build_fdt
 from avmm.clock import Clock, DeadlineTimers
 from avmm.config import VmConfig
 from avmm.errors import AvmmError, ConfigError, GuestError, GuestGone, GuestPanic
+from avmm.faults import Faults
 from avmm.guest.console import Console
 from avmm.guest.panic import PanicWatch
 from avmm.hypervisor import Hypervisor, open_hypervisor
@@ -89,6 +90,7 @@ class VirtualMachine:
         self._board: Board | None = None
         self._psci: Psci | None = None
         self._vcpus: list[VcpuLoop] = []
+        self._fault_counts: dict[str, int] = {}  # of the engine that is gone
         self._past_exits = [0] * len(ExitKind)  # of vCPUs before the last reset
         self._monitor = Monitor(self.stats) if monitor else None
         self._trace_to = trace
@@ -119,7 +121,7 @@ class VirtualMachine:
             self._trace = Trace(self._trace_to)
         timers = DeadlineTimers(asyncio.get_running_loop())
         try:
-            hypervisor = self._hypervisor = open_hypervisor(config.engine)
+            hypervisor = self._hypervisor = open_hypervisor(config.engine, config.faults)
             _check_capabilities(config, hypervisor)
             region = Region(RAM_BASE, mmap.mmap(-1, config.memory, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
             self._memory.add(region)
@@ -179,7 +181,7 @@ class VirtualMachine:
             self._board.uart.tx_blocked = hold
 
     def counters(self) -> dict[str, Any]:
-        """Plain numbers: ``exits`` by kind over all vCPUs, and ``vcpus``, a dictionary for each."""
+        """Plain numbers: ``exits`` by kind over all vCPUs, injected ``faults``, ``vcpus``: a dictionary each."""
         exits = list(self._past_exits)
         for vcpu in self._vcpus:
             for kind, count in enumerate(vcpu.counters.exits):
@@ -187,6 +189,7 @@ class VirtualMachine:
         return {
             "exits": {kind.name.lower(): exits[kind] for kind in ExitKind},
             "vcpus": [vcpu.snapshot_counters() for vcpu in self._vcpus],
+            "faults": self._hypervisor.fault_counts() if self._hypervisor is not None else self._fault_counts,
         }
 
     def stats(self) -> dict[str, Any]:
@@ -309,6 +312,7 @@ class VirtualMachine:
         self._memory.on_host_write = lambda gpa, length: None
         hypervisor, self._hypervisor = self._hypervisor, None
         if hypervisor is not None:
+            self._fault_counts = hypervisor.fault_counts()
             hypervisor.close()
         self._memory.close()
         if self._trace is not None:
@@ -371,17 +375,26 @@ def boot(
     keep_output: int | None = None,
     monitor: bool = False,
     trace: str | os.PathLike[str] | None = None,
+    faults: str | Faults | None = None,
 ) -> Booting:
     """A running virtual machine: ``async with avmm.boot(kernel, initrd, memory="512M", cpus=2) as vm: ...``
 
     Also ``vm = await avmm.boot(...)``, which you end yourself with ``await vm.stop()``. ``append`` is added to the
     default kernel command line, ``cmdline`` replaces it; ``reboot=False`` ends the VM when the guest resets;
     ``keep_output`` bounds how many bytes of console output are remembered; ``monitor`` lets ``avmm top`` see the VM;
-    ``trace`` names a file for a timeline that Perfetto opens. Raises ConfigError at once, ImageError and EngineError
-    when it starts.
+    ``trace`` names a file for a timeline that Perfetto opens; ``faults`` makes softhv misbehave (:mod:`avmm.faults`).
+    Raises ConfigError at once, ImageError and EngineError when it starts.
     """
     config = VmConfig.resolve(
-        kernel, initrd, memory=memory, cpus=cpus, append=append, cmdline=cmdline, engine=engine, reboot=reboot
+        kernel,
+        initrd,
+        memory=memory,
+        cpus=cpus,
+        append=append,
+        cmdline=cmdline,
+        engine=engine,
+        reboot=reboot,
+        faults=faults,
     )
     return Booting(config, keep_output=keep_output, monitor=monitor, trace=trace)
 
@@ -389,7 +402,7 @@ def boot(
 def describe(config: VmConfig) -> dict[str, Any]:
     """The configuration as it would run, images checked, as plain data. Raises ImageError or EngineError."""
     kernel, initrd = _read_images(config)
-    hypervisor = open_hypervisor(config.engine)
+    hypervisor = open_hypervisor(config.engine, config.faults)
     try:
         _check_capabilities(config, hypervisor)
         engine = hypervisor.capabilities.name
@@ -408,6 +421,7 @@ def describe(config: VmConfig) -> dict[str, Any]:
         "cpus": config.cpus,
         "engine": engine,
         "reboot": config.reboot,
+        "faults": None if config.faults is None else asdict(config.faults),
     }
 
 

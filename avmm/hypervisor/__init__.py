@@ -6,6 +6,7 @@ import platform
 import sys
 
 from avmm.errors import ConfigError
+from avmm.faults import Faults
 from avmm.hypervisor.base import Capabilities, ExitKind, Finish, Frame, Hypervisor, Reg, Vcpu, sysreg
 
 __all__ = [
@@ -32,15 +33,20 @@ def available_engines() -> tuple[str, ...]:
     return ENGINES if apple else ENGINES[1:]
 
 
-def open_hypervisor(name: str = "auto") -> Hypervisor:
-    """A new VM of the named engine, or of the preferred one. Raises ConfigError or EngineError."""
+def open_hypervisor(name: str = "auto", faults: Faults | None = None) -> Hypervisor:
+    """A new VM of the named engine, or of the preferred one. Raises ConfigError or EngineError.
+
+    Only softhv misbehaves on demand.
+    """
     if name == "auto":
-        name = available_engines()[0]
+        name = "softhv" if faults is not None else available_engines()[0]
+    if faults is not None and not name.startswith("softhv"):
+        raise ConfigError(f"faults are softhv's: use --engine softhv, not {name}")
     # Imported only now: loading an engine costs milliseconds that `import avmm` must not.
     if name in ("softhv", "softhv,interpreter"):
         from avmm.hypervisor.softhv import Softhv
 
-        return Softhv(compiled=name == "softhv")
+        return Softhv(compiled=name == "softhv", faults=faults)
     if name == "framework":
         from avmm.hypervisor.framework import Framework
 

@@ -226,6 +226,10 @@ class NativeHypervisor:
     def host_wrote(self, gpa: int, length: int) -> None:
         """The host wrote guest RAM: drop what was derived from the old contents. Any thread."""
 
+    def fault_counts(self) -> dict[str, int]:
+        """How often each injected fault has happened; empty without faults."""
+        return {}
+
     def create_vcpu(self) -> NativeVcpu:
         """A vCPU owned by the calling thread."""
         self._enter()

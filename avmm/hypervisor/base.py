@@ -162,6 +162,10 @@ class Hypervisor(Protocol):
         """The host wrote guest RAM: drop what was derived from the old contents. Any thread."""
         ...
 
+    def fault_counts(self) -> dict[str, int]:
+        """How often each injected fault has happened; empty without faults."""
+        ...
+
     def create_vcpu(self) -> Vcpu:
         """A vCPU owned by the calling thread."""
         ...

@@ -7,6 +7,7 @@ hundreds: so the thread comes back only with something to await (park, off, paus
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -46,9 +47,6 @@ _WFE_SPINS: Final = 8
 _WFE_DOZE: Final = 20e-6
 _WFE_DOZES: Final = 256
 _WFE_NAP_NS: Final = 1_000_000
-
-#: How often, in seconds, a vCPU that was called out of the guest is called again until it comes.
-_REKICK: Final = 0.01
 
 _MMIO_READ: Final = int(ExitKind.MMIO_READ)
 _MMIO_WRITE: Final = int(ExitKind.MMIO_WRITE)
@@ -142,6 +140,7 @@ class VcpuLoop:
         self._vtimer_line = irqchip.ppi(index, VTIMER_INTID)
         self._vtimer_masked = False  # by VTIMER_ACTIVATED, until we unmask it
         self._vtimer_high = False  # what we drive PPI 27 with
+        self._overdue: int | None = None  # the CVAL that a WFI found expired
         self._thread: VcpuThread | None = None
         self._job: asyncio.Future[Event] | None = None
         self._resumed = asyncio.Event()
@@ -223,11 +222,9 @@ class VcpuLoop:
         await self.call(lambda vcpu: self._restore(vcpu, state))
 
     async def _settle(self) -> None:
-        """Wait until the thread is outside the guest, kicking again and again: a kick may be lost."""
-        job = self._job
-        while job is not None and not job.done():
-            await asyncio.wait((job,), timeout=_REKICK)
-            self.parking.rekick()
+        """Wait until the thread is outside the guest."""
+        if self._job is not None:
+            await asyncio.wait((self._job,))
 
     async def _close(self) -> None:
         await self.stop()
@@ -248,6 +245,8 @@ class VcpuLoop:
         if not pfr0 >> 24 & 0xF:  # the GIC's system register interface: we provide it, the engine need not know
             vcpu.set_sysreg(sysregs.ID_AA64PFR0_EL1, pfr0 | 1 << 24)
         vcpu.set_vtimer_offset(self._clock.offset)
+        with contextlib.suppress(EngineError):  # not every engine tells; then it is the timebase's
+            self._clock.set_counter_frequency(vcpu.get_sysreg(sysregs.CNTFRQ_EL0))
         self._sctlr_at_reset = vcpu.get_sysreg(sysregs.SCTLR_EL1)
         self.parking.kick = vcpu.kick
 
@@ -322,6 +321,7 @@ class VcpuLoop:
                             return Event.STOP if parking.attention & STOP else Event.PAUSE
                         if parking.irq != irq:
                             frame.irq = irq = parking.irq
+                        parking.called = False
                         parking.entered = True
                 if event is not None:
                     if event is not Event.PARK or not parking.linger():
@@ -378,13 +378,22 @@ class VcpuLoop:
         self.counters.undefined += 1
         exits.inject_undefined(vcpu)
 
-    def _idle(self, ctl: int, cval: int, until: int | None = None) -> Event | None:
+    def _idle(self, vcpu: Vcpu, ctl: int, cval: int, until: int | None = None) -> Event | None:
         """WFI, its instruction stepped over already: PARK, or None to run on. ``until``: WFIT's own deadline.
 
         With the timer's mask ours, its output is high and PPI 27 with it: if that made no interrupt, the timer
-        will not make one later either.
+        will not make one later either. A timer that is due the engine raises from inside run(); one that it has
+        not raised by the guest's next WFI we raise, or the guest would go round until the engine does.
         """
         deadline = None if self._vtimer_masked else self._clock.deadline(ctl, cval)
+        if deadline == EXPIRED:
+            if cval == self._overdue:
+                vcpu.frame.vtimer_ctl, vcpu.frame.vtimer_masked = ctl, 1
+                self._on_vtimer(vcpu)
+                deadline = None
+            self._overdue = cval
+        else:
+            self._overdue = None
         if until is not None:
             limit = self._clock.when(until)
             deadline = limit if deadline is None else min(deadline, limit)
@@ -448,7 +457,7 @@ class VcpuLoop:
         frame.finish = finish
         if result is Action.STANDBY:
             vcpu.set_reg(0, SUCCESS)
-            return self._idle(vcpu.get_sysreg(sysregs.CNTV_CTL_EL0), vcpu.get_sysreg(sysregs.CNTV_CVAL_EL0))
+            return self._idle(vcpu, vcpu.get_sysreg(sysregs.CNTV_CTL_EL0), vcpu.get_sysreg(sysregs.CNTV_CVAL_EL0))
         if result is Action.OFF:
             self.parking.turn_off()
             return Event.OFF
@@ -463,7 +472,7 @@ class VcpuLoop:
         frame = vcpu.frame
         frame.finish = _ADVANCE
         timed = frame.syndrome & 0b11 == 0b10  # ISS.TI: WFIT
-        return self._idle(frame.vtimer_ctl, frame.vtimer_cval, frame.value if timed else None)
+        return self._idle(vcpu, frame.vtimer_ctl, frame.vtimer_cval, frame.value if timed else None)
 
     def _on_wfe(self, vcpu: Vcpu) -> Event | None:
         vcpu.frame.finish = _ADVANCE

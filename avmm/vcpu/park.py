@@ -63,6 +63,9 @@ TRIP_NS: Final = 50_000
 #: of one through the loop; handing it over costs one wake more. At one a second that is too little to measure.
 LINGER_NS: Final = 1_000_000_000
 
+#: How often, in seconds, a vCPU that was called out of the guest is called again until it comes: kicks get lost.
+REKICK: Final = 0.01
+
 
 class Timer(Protocol):
     """A timer's handle."""
@@ -89,8 +92,9 @@ class Parking:
     """
 
     __slots__ = (
-        "_future", "_gate", "_loop", "_loop_thread", "_timers",
-        "attention", "deadline", "entered", "irq", "kick", "lingering", "lock", "mode", "on_irq", "stats", "wakes",
+        "_future", "_gate", "_loop", "_loop_thread", "_timers", "_watch",
+        "attention", "called", "deadline", "entered", "irq", "kick", "lingering", "lock", "mode", "on_irq", "stats",
+        "wakes", "watched",
     )  # fmt: skip
 
     def __init__(self, lock: threading.RLock, loop: asyncio.AbstractEventLoop, timers: Timers) -> None:
@@ -99,6 +103,8 @@ class Parking:
         self.irq = False  # the level of the IRQ input
         self.attention = 0  # STOP, PAUSE
         self.entered = False  # in the guest, or past the last look at irq and attention
+        self.watched = False  # somebody will look whether it has come
+        self.called = False  # kicked since it entered
         self.deadline: int | None = None  # of the latest park: nanoseconds of the monotonic clock
         self.lingering = False  # parked, the thread at the gate or on its way there
         self.kick: Callable[[], None] = lambda: None
@@ -109,6 +115,7 @@ class Parking:
         self._loop_thread = threading.get_ident()
         self._timers = timers
         self._future: asyncio.Future[None] | None = None
+        self._watch: asyncio.TimerHandle | None = None  # looks whether who was called has come
         self._gate = threading.Lock()  # closed while taken
         self._gate.acquire()
 
@@ -164,7 +171,7 @@ class Parking:
             if self.mode is Mode.PARKED:
                 self._wake(Cause.IRQ)
             elif self.entered:
-                self.kick()
+                self._call()
 
     def power_on(self) -> None:
         """PSCI turned this vCPU on."""
@@ -177,7 +184,7 @@ class Parking:
         with self.lock:
             self.attention |= attention
             if self.entered:
-                self.kick()
+                self._call()
             elif attention & STOP and self.mode in (Mode.PARKED, Mode.OFF):
                 self._wake(Cause.STOP)
             elif self.lingering:
@@ -188,17 +195,13 @@ class Parking:
         with self.lock:
             self.attention &= ~attention
 
-    def rekick(self) -> None:
-        """Kick again a vCPU that was called out: an engine may lose a kick that comes just before it enters."""
-        with self.lock:
-            if self.entered:
-                self.kick()
-
     def stopped(self) -> None:
         """The vCPU is about to be destroyed: nothing wakes or kicks it any more."""
         with self.lock:
             self.mode = Mode.STOPPED
             self.entered = False
+            if self._watch is not None:
+                self._watch.cancel()
 
     def _wake(self, cause: Cause) -> None:
         self.mode = Mode.RUNNING
@@ -214,6 +217,28 @@ class Parking:
             _resolve(future)
         else:
             self._loop.call_soon_threadsafe(_resolve, future)
+
+    def _call(self) -> None:
+        """Kick, and see to it that the kick is repeated should it be lost. One watch serves all kicks meanwhile."""
+        self.called = True
+        self.kick()
+        if not self.watched:
+            self.watched = True
+            if threading.get_ident() == self._loop_thread:
+                self._watch_later()
+            else:
+                self._loop.call_soon_threadsafe(self._watch_later)
+
+    def _watch_later(self) -> None:
+        self._watch = self._loop.call_later(REKICK, self.look_after)
+
+    def look_after(self) -> None:
+        """On the loop, a while after a kick: kick again whoever has not come out, else stop watching."""
+        with self.lock:
+            self.watched = self.entered and self.called
+            if self.watched:
+                self.kick()
+                self._watch_later()
 
     def _open_gate(self) -> None:
         self.lingering = False

@@ -20,6 +20,7 @@ ELR_EL1: Final = sysreg(3, 0, 4, 0, 1)
 ESR_EL1: Final = sysreg(3, 0, 5, 2, 0)
 FAR_EL1: Final = sysreg(3, 0, 6, 0, 0)
 VBAR_EL1: Final = sysreg(3, 0, 12, 0, 0)
+CNTFRQ_EL0: Final = sysreg(3, 3, 14, 0, 0)
 CNTV_CTL_EL0: Final = sysreg(3, 3, 14, 3, 1)
 CNTV_CVAL_EL0: Final = sysreg(3, 3, 14, 3, 2)
 

@@ -192,6 +192,9 @@ class FakeHypervisor:
 
     def host_wrote(self, gpa: int, length: int) -> None: ...
 
+    def fault_counts(self) -> dict[str, int]:
+        return {}
+
     def create_vcpu(self) -> Vcpu:
         index = int(threading.current_thread().name.removeprefix("avmm-vcpu"))
         self.vcpus[index] = FakeVcpu(self._guests[index], self._clock, lose_kicks=self._lose_kicks)

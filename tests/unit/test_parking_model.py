@@ -26,6 +26,8 @@ class State:
     irq: bool = False
     attention: int = 0
     entered: bool = False
+    called: bool = False
+    watched: bool = False
     deadline: int | None = None
     lingering: bool = False
     gate: bool = False  # open
@@ -69,7 +71,13 @@ class _Loop:
         return _Future(self.world)
 
     def call_soon_threadsafe(self, callback: Callable[..., None], *args: object) -> None:
-        self.world.queued = True
+        if args:
+            self.world.queued = True
+        else:
+            callback()
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> None:
+        assert callback == self.world.parking.look_after
 
 
 class _Gate:
@@ -101,6 +109,8 @@ class World:
         parking.irq = state.irq
         parking.attention = state.attention
         parking.entered = state.entered
+        parking.called = state.called
+        parking.watched = state.watched
         parking.deadline = state.deadline
         parking.lingering = state.lingering
         parking._gate = cast(threading.Lock, _Gate(self))
@@ -119,6 +129,8 @@ class World:
             irq=parking.irq,
             attention=parking.attention,
             entered=parking.entered,
+            called=parking.called,
+            watched=parking.watched,
             deadline=parking.deadline,
             lingering=parking.lingering,
             gate=self.gate,
@@ -152,6 +164,7 @@ def successors(state: State, protocol: type[Parking], forgetful: bool) -> Iterat
             if parking.attention:
                 yield "serve: attention", world.freeze(thread="idle", **changes)
             else:
+                parking.called = False
                 parking.entered = True
                 yield "serve: enter", world.freeze(thread="guest", delivered=parking.irq, **changes)
     elif state.thread == "guest" and not state.inside:
@@ -208,6 +221,11 @@ def successors(state: State, protocol: type[Parking], forgetful: bool) -> Iterat
         world.parking.expire()
         yield "timer: expire", world.freeze()
 
+    if state.watched:
+        world = thaw()
+        world.parking.look_after()
+        yield "watch: looks", world.freeze()
+
     # Posters, on the loop's thread or on another.
     for on_loop in (True, False):
         where = "loop" if on_loop else "thread"
@@ -234,10 +252,6 @@ def successors(state: State, protocol: type[Parking], forgetful: bool) -> Iterat
     elif state.pauser == "asked":
         if state.thread == "idle":
             yield "pauser: settled", replace(state, pauser="paused")
-        else:
-            world = thaw()
-            world.parking.rekick()
-            yield "pauser: kicks again", world.freeze()
     elif state.pauser == "paused":
         world = thaw()
         world.parking.withdraw(PAUSE)
@@ -246,10 +260,6 @@ def successors(state: State, protocol: type[Parking], forgetful: bool) -> Iterat
         world = thaw()
         world.parking.request(STOP)
         yield "stopper: asks", world.freeze(stopper="asked", pauser="done")
-    elif state.stopper == "asked" and state.thread != "idle":
-        world = thaw()
-        world.parking.rekick()
-        yield "stopper: kicks again", world.freeze()
 
 
 def flaw(state: State, forgetful: bool) -> str:
@@ -272,11 +282,10 @@ def flaw(state: State, forgetful: bool) -> str:
         return "paused inside the guest"
     if state.thread == "guest" and state.pauser == "paused":
         return "the guest runs while paused"
-    if forgetful:
-        return ""  # there a kick may be lost; only pausers and stoppers try again
-    if state.thread == "guest" and state.irq and not state.delivered and not state.kicked:
+    called = state.kicked or (forgetful and state.called and state.watched)  # where kicks get lost, another follows
+    if state.thread == "guest" and state.irq and not state.delivered and not called:
         return "computes with an interrupt it has not seen"
-    if state.thread == "guest" and state.attention and not state.kicked:
+    if state.thread == "guest" and state.attention and not called:
         return "computes on though called out"
     return ""
 
@@ -408,6 +417,14 @@ class LeavesTheGateOpen(Parking):
             self.mode = Mode.RUNNING
 
 
+class KicksOnce(Parking):
+    """Trusts that every kick arrives."""
+
+    def _call(self) -> None:
+        self.called = True
+        self.kick()
+
+
 class ForgetsTheFuture(Parking):
     """Wakes by mode alone."""
 
@@ -433,4 +450,9 @@ class ForgetsTheFuture(Parking):
 )
 def test_search_notices(broken: type[Parking]) -> None:
     _, wrong = search(broken, forgetful=False)
+    assert wrong
+
+
+def test_search_notices_lost_kicks() -> None:
+    _, wrong = search(KicksOnce, forgetful=True)
     assert wrong

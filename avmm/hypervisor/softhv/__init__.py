@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from avmm.errors import EngineError
+from avmm.faults import Faults
 from avmm.hypervisor._native import NativeHypervisor, NativeVcpu, fail
 
 try:
@@ -37,7 +38,8 @@ class Softhv(NativeHypervisor):
     #: Bytes of compiled code kept at once; 0: as many as the engine likes.
     CODE_LIMIT = 0
 
-    def __init__(self, *, compiled: bool = True) -> None:
+    def __init__(self, *, compiled: bool = True, faults: Faults | None = None) -> None:
+        self._faults = faults
         self._compile_after = self.COMPILE_AFTER if compiled else lib.SOFTHV_NO_JIT
         super().__init__(ffi, lib)
 
@@ -51,6 +53,31 @@ class Softhv(NativeHypervisor):
             fail("softhv_vm_set_jit", code)
         self._enter()
         super()._create()
+        if self._faults is not None:
+            self._misbehave(self._faults)
+
+    def _misbehave(self, faults: Faults) -> None:
+        wanted = ffi.new("softhv_faults_t *")
+        wanted.seed = faults.seed
+        for name in ("spurious_wfi", "early_wfi", "lose_kick", "double_kick", "unknown", "double_vtimer"):
+            setattr(wanted, name, getattr(faults, name))
+        wanted.late_kick_ns, wanted.late_vtimer_ns = faults.late_kick, faults.late_vtimer
+        wanted.sleep_for_ns, wanted.sleep_at_ns = faults.host_sleep
+        wanted.forget_kicks = not faults.sticky_kick
+        wanted.fast_counter = faults.fast_counter
+        code = lib.softhv_vm_faults(self._vm, wanted)
+        if code:
+            fail("softhv_vm_faults", code)
+
+    def fault_counts(self) -> dict[str, int]:
+        """How often each fault has happened, by softhv_fault_counts_t's names; empty without faults."""
+        if self._faults is None:
+            return {}
+        counts = ffi.new("softhv_fault_counts_t *")
+        code = lib.softhv_vm_fault_counts(self._vm, counts)
+        if code:
+            fail("softhv_vm_fault_counts", code)
+        return {name: getattr(counts, name) for name, _ in ffi.typeof("softhv_fault_counts_t").fields}
 
     def _enter(self) -> None:
         lib.softhv_vm_bind(self._vm)

@@ -252,6 +252,7 @@ struct vcpu {
     bool irq_line, fiq_line; /* hv_vcpu_set_pending_interrupt */
     bool exiting;       /* exit is filled in: leave hv_vcpu_run */
     bool vtimer_masked;
+    bool fast_counter; /* a fault: see softhv.h */
     union {
         struct { uint32_t fpcr, fpsr; };
         struct fpu fpu; /* the same two, as fpu.h wants them */
@@ -292,6 +293,9 @@ struct vcpu {
     pthread_cond_t my_turn;
     struct vcpu *next_waiter;
     bool waiting;
+    _Atomic uint64_t late_kick; /* fault.c: host_ns() when a kick takes effect, 0: none on its way */
+    _Atomic bool kick_again, inside;
+    bool vtimer_again, vtimer_held;
     uint64_t turn_start; /* nanoseconds */
     hv_vcpu_exit_t exit;
     softhv_counters_t counters;
@@ -432,11 +436,27 @@ enum { DAIF_D = 1 << 9, DAIF_A = 1 << 8, DAIF_I = 1 << 7, DAIF_F = 1 << 6, DAIF_
 
 /* ---- time, run.c ------------------------------------------------------------------------------------------------ */
 
-static inline uint64_t guest_counter(const struct vcpu *c) { return softhv_absolute_time() - c->vtimer_offset; }
 uint64_t host_ns(void); /* CLOCK_MONOTONIC */
+static inline uint64_t guest_counter(const struct vcpu *c) {
+    uint64_t ticks = softhv_absolute_time() - c->vtimer_offset;
+    return unlikely(c->fast_counter) ? ticks * 125 / 3 : ticks;
+}
 bool vtimer_due(const struct vcpu *c); /* ENABLE, !IMASK and CVAL reached */
 void vcpu_run(struct vcpu *c);         /* hv_vcpu_run on the owning thread */
 bool turn_yield(struct vcpu *c);       /* let the other vCPUs run; false: asked to exit meanwhile */
+bool turn_take(struct vcpu *c);        /* the two halves of that */
+void turn_release(struct vcpu *c);
+
+/* ---- fault.c: hooks for a VM with vm->faults ------------------------------------------------------------------------------ */
+
+bool fault_fast_counter(const struct vm *vm);
+bool fault_kick(struct vcpu *c);          /* does this hv_vcpus_exit take effect now? Any thread */
+bool fault_kicked_twice(struct vcpu *c);  /* is one kick to cancel the next run too? */
+bool fault_entry(struct vcpu *c, hv_exit_reason_t *reason); /* return from hv_vcpu_run at once? */
+void fault_poll(struct vcpu *c);
+bool fault_vtimer_waits(struct vcpu *c);  /* it is due: not yet? */
+enum fault_wfi { WFI_EXITS, WFI_COMPLETES, WFI_CANCELED };
+enum fault_wfi fault_wfi(struct vcpu *c, uint64_t after);
 
 /* ---- decode.c, code.c ------------------------------------------------------------------------------------------- */
 
@@ -492,6 +512,7 @@ struct vm {
     } invalid;
     uint32_t ipa_bits;
     bool created;
+    struct faults *faults; /* NULL: it behaves */
 };
 /* The RAM region that holds ipa, or NULL. Only by the vCPU whose turn it is, or under the lock. */
 struct ram *vm_ram(struct vm *vm, uint64_t ipa);

@@ -79,7 +79,16 @@ static bool wait_for(struct vcpu *c, const struct uop *u, uint32_t ti, uint64_t 
     return exit_exception(c, pc_of(c, u), syndrome(EC_WFX, 1u << 24 | 0xe << 20 | ti), 0, 0);
 }
 
-OP(wfi) { return wait_for(c, u, TI_WFI, SCTLR_NTWI); }
+OP(wfi) {
+    if (unlikely(c->vm->faults != NULL) && c->el) {
+        enum fault_wfi how = fault_wfi(c, pc_of(c, u) + 4);
+        if (how != WFI_EXITS) {
+            force_poll(c);
+            return how == WFI_COMPLETES;
+        }
+    }
+    return wait_for(c, u, TI_WFI, SCTLR_NTWI);
+}
 
 OP(wfe) {
     if (c->event) {

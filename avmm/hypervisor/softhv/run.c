@@ -35,6 +35,8 @@ static int32_t next_budget(const struct vcpu *c) {
     if ((c->sys.cntv_ctl & 3) != 1 || c->vtimer_masked)
         return BUDGET;
     uint64_t left = c->sys.cntv_cval - guest_counter(c); /* not due: vtimer_due() was looked at before */
+    if (unlikely(c->fast_counter))
+        left = left * 3 / 125;
     if (left >= BUDGET) /* a tick is many instructions long */
         return BUDGET;
     int32_t insns = (int32_t)(left * 125 / (3 * INSN_NS));
@@ -116,7 +118,7 @@ static void catch_up(struct vcpu *c) {
     c->code_gen = vm->code_gen;
 }
 
-static bool turn_take(struct vcpu *c) {
+bool turn_take(struct vcpu *c) {
     pthread_mutex_lock(&c->vm->lock);
     bool taken = await_turn(c);
     if (taken)
@@ -127,7 +129,7 @@ static bool turn_take(struct vcpu *c) {
     return taken;
 }
 
-static void turn_release(struct vcpu *c) {
+void turn_release(struct vcpu *c) {
     c->exec_ns += host_ns() - c->turn_start;
     pthread_mutex_lock(&c->vm->lock);
     atomic_fetch_and(&c->poll, ~(uint32_t)POLL_TURN);
@@ -151,6 +153,8 @@ static void exit_to_host(struct vcpu *c, hv_exit_reason_t reason) {
 static void poll(struct vcpu *c) {
     c->icount += (uint64_t)(int64_t)(c->slice - c->budget);
     c->slice = c->budget = 0;
+    if (unlikely(c->vm->faults != NULL))
+        fault_poll(c);
     uint32_t why = atomic_load_explicit(&c->poll, memory_order_acquire);
     if (why & POLL_INVALIDATE) {
         pthread_mutex_lock(&c->vm->lock);
@@ -165,7 +169,7 @@ static void poll(struct vcpu *c) {
         return exit_to_host(c, HV_EXIT_REASON_CANCELED);
     if (why & POLL_TURN && host_ns() - c->turn_start >= TURN_NS && !turn_yield(c))
         return exit_to_host(c, HV_EXIT_REASON_CANCELED);
-    if (!c->vtimer_masked && vtimer_due(c)) {
+    if (!c->vtimer_masked && vtimer_due(c) && !(unlikely(c->vm->faults != NULL) && fault_vtimer_waits(c))) {
         c->vtimer_masked = true;
         return exit_to_host(c, HV_EXIT_REASON_VTIMER_ACTIVATED);
     }
@@ -251,15 +255,23 @@ static void run(struct vcpu *c) {
 }
 
 void vcpu_run(struct vcpu *c) {
+    bool faulty = c->vm->faults != NULL;
+    hv_exit_reason_t reason;
     c->exiting = false;
-    if (atomic_load(&c->poll) & POLL_EXIT || !turn_take(c)) {
+    if (unlikely(faulty))
+        atomic_store(&c->inside, true);
+    if (unlikely(faulty) && fault_entry(c, &reason)) {
+        exit_to_host(c, reason);
+    } else if (atomic_load(&c->poll) & POLL_EXIT || !turn_take(c)) {
         exit_to_host(c, HV_EXIT_REASON_CANCELED);
     } else {
         run(c);
         if (c->in_turn) /* lost when asked to exit while yielding */
             turn_release(c);
     }
-    if (c->exit.reason == HV_EXIT_REASON_CANCELED)
+    if (unlikely(faulty))
+        atomic_store(&c->inside, false);
+    if (c->exit.reason == HV_EXIT_REASON_CANCELED && !(unlikely(faulty) && fault_kicked_twice(c)))
         atomic_fetch_and(&c->poll, ~(uint32_t)POLL_EXIT);
     c->irq_line = c->fiq_line = false;
     c->counters.instructions = c->icount;

@@ -26,6 +26,41 @@ void softhv_release(void *config);
 /* The host wrote [ipa, ipa + size): translations of code in there are dropped before any vCPU runs on. Any thread. */
 void softhv_invalidate(softhv_vm_t *vm, hv_ipa_t ipa, uint64_t size);
 
+/*
+ * Misbehaviour on demand, for the VM's whole life: before it has vCPUs, else HV_BUSY. Probabilities are 0..1.
+ * A zeroed structure with spurious_wfi = 1 is an engine that behaves.
+ */
+typedef struct {
+    uint64_t seed;
+    double spurious_wfi;  /* a WFI with nothing to wait for makes hv_vcpu_run return; else it waits inside */
+    double early_wfi;     /* a WFI completes in the guest for no reason (Arm ARM D1.6.2), before the above */
+    double lose_kick;     /* hv_vcpus_exit does nothing */
+    double double_kick;   /* hv_vcpu_run returns CANCELED twice for one kick */
+    double unknown;       /* hv_vcpu_run returns UNKNOWN at once */
+    double double_vtimer; /* VTIMER_ACTIVATED comes twice, though masked */
+    uint64_t late_kick_ns;   /* a kick takes effect only so much later */
+    uint64_t late_vtimer_ns; /* VTIMER_ACTIVATED comes so long after the deadline */
+    uint64_t sleep_at_ns;    /* the host sleeps, so long after this call ... */
+    uint64_t sleep_for_ns;   /* ... and for so long: clocks go on, vCPUs do not */
+    bool forget_kicks;  /* hv_vcpus_exit means nothing to a vCPU outside hv_vcpu_run */
+    bool fast_counter;  /* the guest's counter runs at 1 GHz, the timebase does not */
+} softhv_faults_t;
+hv_return_t softhv_vm_faults(softhv_vm_t *vm, const softhv_faults_t *faults);
+
+typedef struct { /* what came of it */
+    uint64_t spurious_wfis;
+    uint64_t early_wfis;
+    uint64_t lost_kicks;
+    uint64_t forgotten_kicks;
+    uint64_t late_kicks;
+    uint64_t double_kicks;
+    uint64_t unknowns;
+    uint64_t late_vtimers;
+    uint64_t double_vtimers;
+    uint64_t host_sleeps;
+} softhv_fault_counts_t;
+hv_return_t softhv_vm_fault_counts(softhv_vm_t *vm, softhv_fault_counts_t *counts); /* any thread; a racy snapshot */
+
 /* The host counter vtimer_offset refers to, and its length in nanoseconds as a fraction (mach_timebase_info). */
 uint64_t softhv_absolute_time(void);
 void softhv_timebase(uint32_t *numer, uint32_t *denom);

@@ -178,7 +178,7 @@ static bool read_reg(struct vcpu *c, uint32_t reg, uint64_t *value) {
     case CLIDR: *value = clidr; break;
     case CTR_EL0: *value = ctr; break;
     case DCZID_EL0: *value = dczid | (c->el == 0 && !(s->sctlr & SCTLR_DZE) ? 1 << 4 : 0); break; /* DZP */
-    case CNTFRQ: *value = CNT_FREQUENCY; break;
+    case CNTFRQ: *value = c->fast_counter ? 1000000000 : CNT_FREQUENCY; break;
     case CNTPCT: *value = softhv_absolute_time(); break;
     case CNTVCT: *value = guest_counter(c); break;
     case CNTP_TVAL: *value = (uint32_t)(s->cntp_cval - softhv_absolute_time()); break;

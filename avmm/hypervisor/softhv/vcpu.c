@@ -76,6 +76,7 @@ hv_return_t hv_vcpu_create(hv_vcpu_t *vcpu, hv_vcpu_exit_t **exit, hv_vcpu_confi
     if (!c)
         return HV_NO_RESOURCES;
     c->vm = vm;
+    c->fast_counter = fault_fast_counter(vm);
     c->monitor.pa = ~UINT64_C(0);
     c->daif = DAIF_ALL; /* EL0t, as Apple leaves it */
     sysreg_reset(c);
@@ -133,7 +134,8 @@ hv_return_t hv_vcpus_exit(hv_vcpu_t *vcpus, uint32_t vcpu_count) {
             result = HV_BAD_ARGUMENT;
             continue;
         }
-        atomic_fetch_or(&c->poll, POLL_EXIT);
+        if (likely(!c->vm->faults) || fault_kick(c))
+            atomic_fetch_or(&c->poll, POLL_EXIT);
         pthread_mutex_lock(&c->vm->lock);
         if (c->waiting)
             pthread_cond_signal(&c->my_turn);

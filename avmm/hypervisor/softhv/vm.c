@@ -60,6 +60,7 @@ hv_return_t softhv_vm_free(softhv_vm_t *opaque) {
         bound = NULL;
     jit_destroy(vm);
     code_destroy(vm);
+    free(vm->faults);
     pthread_cond_destroy(&vm->turn_free);
     pthread_mutex_destroy(&vm->lock);
     free(vm);
