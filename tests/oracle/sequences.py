@@ -1,7 +1,7 @@
 """Random programs of tens of instructions: what one instruction leaves behind for the next.
 
 x28 points into the middle of SCRATCH and moves with writeback, x26 stays 64-byte aligned for what faults unaligned,
-x27 holds a small index; nothing else writes these three.
+x27 holds a small index, x25 counts the rounds of a loop; nothing else writes these four.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from tests.oracle.compare import BATCH, Comparison, Mismatch, Report
 from tests.oracle.exceptions import skip_of_case, skip_of_row
 from tests.oracle.machine import SCRATCH, Registers
 
-ALIGNED, INDEX, BASE = 26, 27, 28
-RESERVED = {ALIGNED, INDEX, BASE}
+COUNTER, ALIGNED, INDEX, BASE = 25, 26, 27, 28
+RESERVED = {COUNTER, ALIGNED, INDEX, BASE}
+SHAPES = ("straight", "branches", "loop")
 
 #: Branches whose offset starts at bit 5: the fixed bits, and those that may be anything.
 CONDITIONAL = ((0x5400_0000, 0xF), (0x3400_0000, 0x8100_001F), (0x3600_0000, 0x81F8_001F))
 UNCONDITIONAL = 0x1400_0000
+SUB_COUNTER_1, CBNZ_COUNTER = 0xD100_0739, 0xB500_0019
 
 
 class Programs:
@@ -67,17 +69,25 @@ class Programs:
         before.sp = SCRATCH + 0x6000
         return before
 
-    def program(self, length: int, *, branches: bool) -> Case:
-        """A program of ``length`` instructions that runs to its end, and a state to start from."""
+    def program(self, length: int, shape: str) -> Case:
+        """A program of ``length`` instructions that runs to its end, and a state to start from.
+
+        ``shape`` is one of SHAPES; a loop has branches in its body, and two to five rounds.
+        """
         rng = self._rng
         exclusive = rng.choice((0, 1, 2, 3, 6, 7))
         words = [CLREX]  # the monitor is the one thing left over from the program before
         while len(words) < length:
-            if branches and rng.random() < 0.15:
+            if shape != "straight" and rng.random() < 0.15:
                 words.append(self._branch(length - len(words)))
             else:
                 words.append(self._plain(exclusive))
-        return Case("sequence", words, self._registers(), memory=True, vectors=True, straight=not branches)
+        before = self._registers()
+        if shape == "loop":
+            before.x[COUNTER] = rng.randrange(2, 6)
+            words.append(SUB_COUNTER_1)
+            words.append(CBNZ_COUNTER | (1 - len(words) & 0x7FFFF) << 5)  # to what follows CLREX
+        return Case("sequence", words, before, memory=True, vectors=True, straight=shape == "straight")
 
     def _plain(self, exclusive: int) -> int:
         """An instruction. All exclusives of a program are of one size: mixing them is unpredictable (B2.9.5)."""
@@ -138,18 +148,18 @@ def shrink(comparison: Comparison, case: Case, seed: str) -> Mismatch | None:
     return None
 
 
-def run(comparison: Comparison, count: int, seed: str, *, branches: bool) -> Report:
+def run(comparison: Comparison, count: int, seed: str, shape: str) -> Report:
     """Compare ``count`` programs; a straight one that differs is cut to its shortest beginning that does."""
-    rng = random.Random(f"{seed} sequences {branches}")
+    rng = random.Random(f"{seed} sequences {shape}")
     programs = Programs(comparison, rng)
     report = Report()
     for number in range(count):
-        case = programs.program(rng.randrange(10, 51), branches=branches)
+        case = programs.program(rng.randrange(10, 51), shape)
         comparison.reset_scratch(random.Random(f"{seed} {number}"))
         one = comparison.run([case])
         report.outcomes += one.outcomes
         if one.mismatches:
-            smallest = None if branches else shrink(comparison, case, f"{seed} {number}")
+            smallest = shrink(comparison, case, f"{seed} {number}") if case.straight else None
             report.mismatches.append(smallest or one.mismatches[0])
             if len(report.mismatches) == 3:
                 break

@@ -11,9 +11,9 @@ from tests.oracle.machine import Outcome
 pytestmark = pytest.mark.oracle
 
 
-@pytest.mark.parametrize("branches", [False, True], ids=["straight", "branches"])
-def test_sequences(comparison: Comparison, branches: bool, pytestconfig: pytest.Config) -> None:
-    count = 20 * pytestconfig.getoption("--oracle-cases")
-    report = sequences.run(comparison, count, pytestconfig.getoption("--oracle-seed"), branches=branches)
+@pytest.mark.parametrize("shape", sequences.SHAPES)
+def test_sequences(comparison: Comparison, shape: str, pytestconfig: pytest.Config) -> None:
+    count = 10 * pytestconfig.getoption("--oracle-cases")
+    report = sequences.run(comparison, count, pytestconfig.getoption("--oracle-seed"), shape)
     assert not report.mismatches, "\n".join(map(str, report.mismatches))
     assert report.outcomes == {Outcome.DONE: count}
