@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from avmm.bootloader import cpio
-from avmm.cli.fetch import Fetched, fetch_debian
+from avmm.debian import Fetched, fetch_debian
 
 CMDLINE = "console=ttyAMA0 panic=-1"
 

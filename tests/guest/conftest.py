@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from avmm.bootloader import cpio
-from avmm.cli.fetch import Fetched, fetch_debian
+from avmm.debian import Fetched, fetch_debian
 from avmm.errors import FetchError
 
 #: What the fetched initrd prints when its shell is about to start.

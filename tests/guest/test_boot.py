@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import avmm
-from avmm.cli.fetch import Fetched
+from avmm.debian import Fetched
 from tests.guest.conftest import READY
 
 pytestmark = pytest.mark.guest

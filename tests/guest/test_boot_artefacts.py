@@ -17,7 +17,7 @@ import pytest
 from avmm import fdt
 from avmm.bootloader import cpio, initrd, loader, machine
 from avmm.bootloader.image import load_kernel
-from avmm.cli.fetch import Fetched, fetch_debian
+from avmm.debian import Fetched, fetch_debian
 from avmm.errors import FetchError
 from avmm.memory import GuestMemory, Region
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from avmm.cli.fetch import Fetched
+from avmm.debian import Fetched
 
 pytestmark = pytest.mark.guest
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import avmm
-from avmm.cli.fetch import Fetched
+from avmm.debian import Fetched
 
 from .conftest import READY
 

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from avmm import debian as fetch
 from avmm.bootloader import cpio, deb, modules
-from avmm.cli import fetch
-from avmm.cli.fetch import fetch_debian
+from avmm.cli import fetch as fetch_command
+from avmm.debian import fetch_debian
 from avmm.errors import FetchError, ImageError
 
 KERNEL = "6.1.0-9-cloud-arm64"
@@ -324,7 +325,7 @@ def test_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command_prints_two_paths(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
-    fetch.add_parser(parser.add_subparsers())
+    fetch_command.add_parser(parser.add_subparsers())
     args = parser.parse_args(["fetch", "debian", "--mirror", archive.as_uri(), "--dir", str(tmp_path / "here")])
     assert args.run(args) == 0
     told = capsys.readouterr()
