@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
 from collections.abc import Callable
@@ -33,26 +34,34 @@ class Stuck(AvmmError):
 
 
 class Guest:
-    """A VM and one vCPU on the calling thread, about to run ``words``. Exceptions lead to ``hvc #1``."""
+    """A VM and one vCPU on the calling thread, about to run ``words``. Exceptions lead to ``hvc #1``.
 
-    def __init__(self, engine: str, *words: int) -> None:
-        hypervisor = open_hypervisor(engine)
-        if not isinstance(hypervisor, NativeHypervisor):
-            hypervisor.close()
-            raise EngineError(f"engine {engine} has no hv_* interface to probe")
-        self.hypervisor = hypervisor
-        self.region = Region(RAM, mmap.mmap(-1, 4 * GRANULE))
-        self.poke(RAM, *words)
-        for offset in range(0, 0x800, 0x80):
-            self.poke(VECTORS + offset, _HVC_1)
-        hypervisor.map(self.region)
-        self.vcpu: NativeVcpu = hypervisor.create_vcpu()
-        self.vcpu.set_reg(Reg.PC, RAM)
-        self.vcpu.set_reg(Reg.CPSR, _EL1H_MASKED)
-        self.vcpu.set_sysreg(_VBAR_EL1, VECTORS)
-        self._watchdog = threading.Timer(_KICK_AFTER, self.vcpu.kick)
-        self._watchdog.daemon = True
-        self._watchdog.start()
+    ``prepare`` is called when there is a VM and no vCPU yet.
+    """
+
+    def __init__(self, engine: str, *words: int, prepare: Callable[[], None] = lambda: None) -> None:
+        with contextlib.ExitStack() as stack:
+            hypervisor = open_hypervisor(engine)
+            stack.callback(hypervisor.close)
+            if not isinstance(hypervisor, NativeHypervisor):
+                raise EngineError(f"engine {engine} has no hv_* interface to probe")
+            self.hypervisor = hypervisor
+            self.region = Region(RAM, mmap.mmap(-1, 4 * GRANULE))
+            self.poke(RAM, *words)
+            for offset in range(0, 0x800, 0x80):
+                self.poke(VECTORS + offset, _HVC_1)
+            hypervisor.map(self.region)
+            prepare()
+            self.vcpu: NativeVcpu = hypervisor.create_vcpu()
+            stack.callback(self.vcpu.close)
+            self.vcpu.set_reg(Reg.PC, RAM)
+            self.vcpu.set_reg(Reg.CPSR, _EL1H_MASKED)
+            self.vcpu.set_sysreg(_VBAR_EL1, VECTORS)
+            watchdog = threading.Timer(_KICK_AFTER, self.vcpu.kick)
+            watchdog.daemon = True
+            watchdog.start()
+            stack.callback(watchdog.cancel)
+            self._closing = stack.pop_all()
 
     def poke(self, gpa: int, *words: int) -> None:
         """Store instructions."""
@@ -76,9 +85,7 @@ class Guest:
 
     def close(self) -> None:
         """Give everything back."""
-        self._watchdog.cancel()
-        self.vcpu.close()
-        self.hypervisor.close()
+        self._closing.close()
         self.region.buffer.close()
 
 

@@ -38,7 +38,7 @@ def run() -> list[Finding]:
         Finding(_TOPIC, "processors", str(os.cpu_count())),
     ]
     if sys.platform == "darwin":
-        findings += mac(run_command, running_image(), _offers)
+        findings += mac(run_command, running_image(), lambda name: framework_library(name) is not None)
     else:
         findings += [
             Finding(_TOPIC, "system", f"{platform.system()} {platform.release()} {platform.machine()}"),
@@ -79,8 +79,10 @@ def mac(run: Runner, image: Path, offers: Callable[[str], bool]) -> list[Finding
     ]
 
 
-def _offers(name: str) -> bool:
+def framework_library(name: str) -> ctypes.CDLL | None:
+    """Apple's framework as a dynamic library, when it has a function of that name."""
     try:
-        return hasattr(ctypes.CDLL(_FRAMEWORK), name)
+        library = ctypes.CDLL(_FRAMEWORK)
     except OSError:
-        return False
+        return None
+    return library if hasattr(library, name) else None

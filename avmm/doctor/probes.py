@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from avmm.clock import host_timebase
 from avmm.doctor import Finding
 from avmm.doctor.guest import DATA, MMIO, VECTORS, Guest, Stuck, on_own_thread
+from avmm.doctor.host import framework_library
 from avmm.errors import AvmmError, EngineError
 from avmm.hypervisor import ExitKind, Finish, available_engines, open_hypervisor, sysreg
+from avmm.hypervisor._native import fail
 
 #: A probe returns whether what it found is as assumed (None: nothing is assumed), and what it found.
 Answer = tuple[bool | None, str]
@@ -34,6 +37,10 @@ ICC_IAR1_EL1, ICC_EOIR1_EL1, ICC_SGI1R_EL1 = (
 )  # fmt: skip
 
 _U64: Final = (1 << 64) - 1
+
+#: Where the hypervisor's own GIC goes: its redistributors take 32 MiB.
+_OWN_GICD: Final = 0x0800_0000
+_OWN_GICR: Final = 0x1000_0000
 _MS: Final = 10**6
 
 PROBES: dict[str, tuple[Probe, str]] = {}
@@ -344,6 +351,52 @@ def _foreign_mask(guest: Guest) -> Answer:
     other.start()
     other.join()
     return None, answers[0]
+
+
+# ---- The hypervisor's own interrupt controller -----------------------------------------------------------------------
+
+
+def own_gic_probe(library: Any) -> Answer:
+    """Whether WFI exits with the framework's own GIC; ``library``: its dynamic library, or None where it has no GIC.
+
+    Its functions are newer than what avmm is linked with, and nothing else needs them: hence not declared in hv.h.
+    """
+    if library is None:
+        return None, "not offered"
+
+    def check(call: str, *arguments: object) -> None:
+        code = getattr(library, call)(*arguments)
+        if code:
+            fail(call, code)
+
+    def make() -> None:
+        library.hv_gic_config_create.restype = ctypes.c_void_p
+        config = ctypes.c_void_p(library.hv_gic_config_create())
+        try:
+            check("hv_gic_config_set_distributor_base", config, ctypes.c_uint64(_OWN_GICD))
+            check("hv_gic_config_set_redistributor_base", config, ctypes.c_uint64(_OWN_GICR))
+            check("hv_gic_create", config)
+        finally:
+            library.os_release(config)
+
+    guest = Guest("framework", WFI, HVC, prepare=make)
+    kick = threading.Timer(0.2, guest.vcpu.kick)
+    kick.start()
+    try:
+        found = guest.run()
+    finally:
+        kick.cancel()
+        guest.close()
+    if found is ExitKind.CANCELED:
+        return None, "does not exit: the hypervisor sleeps by itself"
+    return None, f"{found.name} at PC {guest.vcpu.frame.pc - guest.region.base:+d}"
+
+
+def _own_gic(engine: str) -> Answer:
+    return own_gic_probe(framework_library("hv_gic_create") if engine == "framework" else None)
+
+
+PROBES["WFI with the hypervisor's own GIC"] = _own_gic, ""
 
 
 # ---- Registers, memory, VMs ------------------------------------------------------------------------------------------

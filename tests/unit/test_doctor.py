@@ -7,13 +7,15 @@ import plistlib
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from avmm.cli import main
 from avmm.clock import Timebase, host_timebase
 from avmm.doctor import Finding, guest, host, probes
-from avmm.hypervisor import ExitKind, Finish, available_engines
+from avmm.errors import EngineError
+from avmm.hypervisor import ExitKind, Finish, available_engines, open_hypervisor
 from avmm.hypervisor._native import NativeHypervisor, NativeVcpu
 from avmm.signing import ENTITLEMENT
 
@@ -203,6 +205,75 @@ class _Refusing:
 
     def hv_vcpu_create(self, *arguments: object) -> int:
         return 0xFAE94005 - (1 << 32)
+
+
+# The hypervisor's own GIC, which softhv does not have: the calls, and what is made of what comes after.
+
+
+class FakeGic:
+    """The framework's functions around its GIC (macOS 15); they return what ``codes`` says, or success."""
+
+    def __init__(self, **codes: int) -> None:
+        self.calls: list[tuple[str, list[int | None]]] = []
+        self._codes = codes
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def call(*arguments: Any) -> int:
+            self.calls.append((name, [argument.value for argument in arguments]))
+            return self._codes.get(name, 0)
+
+        return call
+
+
+@pytest.fixture
+def softhv_for_framework(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest, "open_hypervisor", lambda name: open_hypervisor("softhv"))
+
+
+@pytest.mark.usefixtures("softhv_for_framework")
+def test_own_gic_is_made_before_any_vcpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gic = FakeGic(hv_gic_config_create=0x1234)
+    create = NativeHypervisor.create_vcpu
+
+    def create_vcpu(hypervisor: NativeHypervisor) -> NativeVcpu:
+        gic.calls.append(("vcpu", []))
+        return create(hypervisor)
+
+    monkeypatch.setattr("avmm.hypervisor.softhv.Softhv.create_vcpu", create_vcpu)
+    assert probes.own_gic_probe(gic) == (None, "WFI at PC +0")
+    assert gic.calls == [
+        ("hv_gic_config_create", []),
+        ("hv_gic_config_set_distributor_base", [0x1234, 0x0800_0000]),
+        ("hv_gic_config_set_redistributor_base", [0x1234, 0x1000_0000]),
+        ("hv_gic_create", [0x1234]),
+        ("os_release", [0x1234]),
+        ("vcpu", []),
+    ]
+
+
+@pytest.mark.usefixtures("softhv_for_framework")
+def test_own_gic_that_sleeps_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sleeping(vcpu: NativeVcpu) -> int:
+        kicked.wait(60)
+        return ExitKind.CANCELED
+
+    kicked = threading.Event()
+    monkeypatch.setattr(NativeVcpu, "run", sleeping)
+    monkeypatch.setattr(NativeVcpu, "kick", lambda vcpu: kicked.set())
+    assert probes.own_gic_probe(FakeGic()) == (None, "does not exit: the hypervisor sleeps by itself")
+
+
+@pytest.mark.usefixtures("softhv_for_framework")
+def test_own_gic_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The VM is given back: on a Mac the next probe could have none otherwise."""
+    closed = []
+    close = NativeHypervisor.close
+    monkeypatch.setattr(NativeHypervisor, "close", lambda hypervisor: closed.append(close(hypervisor)))
+    gic = FakeGic(hv_gic_create=0xFAE9400F - (1 << 32))
+    with pytest.raises(EngineError, match="hv_gic_create failed: HV_UNSUPPORTED"):
+        probes.own_gic_probe(gic)
+    assert gic.calls[-1][0] == "os_release"
+    assert closed == [None]
 
 
 # A Mac, as its commands describe it.
