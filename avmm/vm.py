@@ -30,7 +30,7 @@ from avmm.bootloader.loader import ENTROPY_SIZE, Entry, load_linux, place
 from avmm.bootloader.machine import RAM_BASE, RNG_SEED_SIZE, build_fdt
 from avmm.clock import Clock, DeadlineTimers
 from avmm.config import VmConfig
-from avmm.errors import AvmmError, ConfigError, GuestError, GuestGone, GuestPanic
+from avmm.errors import AvmmError, ConfigError, GuestError, GuestGone, GuestPanic, HostError
 from avmm.faults import Faults
 from avmm.guest.console import Console
 from avmm.guest.panic import PanicWatch
@@ -123,7 +123,7 @@ class VirtualMachine:
         try:
             hypervisor = self._hypervisor = open_hypervisor(config.engine, config.faults)
             _check_capabilities(config, hypervisor)
-            region = Region(RAM_BASE, mmap.mmap(-1, config.memory, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+            region = Region(RAM_BASE, _allocate(config.memory))
             self._memory.add(region)
             hypervisor.map(region)
             self._memory.on_host_write = hypervisor.host_wrote
@@ -454,6 +454,15 @@ class _Unconnected:
 def _read_images(config: VmConfig) -> tuple[Kernel, bytes | None]:
     kernel = load_kernel(config.kernel, config.memory)
     return kernel, None if config.initrd is None else read_file(config.initrd, "initrd", config.memory)
+
+
+def _allocate(size: int) -> mmap.mmap:
+    """Guest RAM: pages the guest never touches cost nothing. Raises HostError."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    try:
+        return mmap.mmap(-1, size, flags=flags)
+    except OSError as error:
+        raise HostError(f"the host has no {size >> 20} MiB for the guest ({error.strerror}): give it less") from error
 
 
 def _check_capabilities(config: VmConfig, hypervisor: Hypervisor) -> None:
