@@ -15,6 +15,7 @@ from avmm.cli import main
 from avmm.clock import Timebase, host_timebase
 from avmm.doctor import Finding, guest, host, probes
 from avmm.errors import EngineError
+from avmm.faults import Faults
 from avmm.hypervisor import ExitKind, Finish, available_engines, open_hypervisor
 from avmm.hypervisor._native import NativeHypervisor, NativeVcpu
 from avmm.signing import ENTITLEMENT
@@ -161,6 +162,26 @@ def test_other_manners_of_calls_are_noticed(
     assert finding.ok is False, finding
 
 
+@pytest.mark.parametrize(
+    ("spec", "noticed"),
+    [
+        ("spurious-wfi=0", "WFI exits"),
+        ("early-wfi=0.99", "WFI exits"),
+        ("sticky-kick=no", "a kick before run sticks"),
+        ("lose-kick=1", "two kicks are one"),
+        ("unknown=0.99", "HVC exits"),
+        ("double-vtimer=1", "the virtual timer exits and masks itself"),
+        ("fast-counter=yes", "CNTFRQ_EL0 agrees with the host's timebase"),
+    ],
+)
+def test_an_engine_that_misbehaves_is_noticed(spec: str, noticed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest, "open_hypervisor", lambda name: open_hypervisor(name, Faults.parse(spec)))
+    monkeypatch.setattr(guest, "_KICK_AFTER", 0.3)
+    monkeypatch.setattr(probes, "PROBES", {noticed: probes.PROBES[noticed]})
+    (finding,) = probes.run("softhv")
+    assert finding.ok is False, finding
+
+
 def test_a_counter_scaled_to_a_gigahertz_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host counts nanoseconds and the guest sees 24 MHz: the reverse of Apple's newer chips, the same mistake."""
     real = host_timebase()
@@ -251,22 +272,15 @@ def test_own_gic_is_made_before_any_vcpu(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
 
 
-@pytest.mark.usefixtures("softhv_for_framework")
 def test_own_gic_that_sleeps_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    def sleeping(vcpu: NativeVcpu) -> int:
-        kicked.wait(60)
-        return ExitKind.CANCELED
-
-    kicked = threading.Event()
-    monkeypatch.setattr(NativeVcpu, "run", sleeping)
-    monkeypatch.setattr(NativeVcpu, "kick", lambda vcpu: kicked.set())
+    monkeypatch.setattr(guest, "open_hypervisor", lambda name: open_hypervisor("softhv", Faults(spurious_wfi=0.0)))
     assert probes.own_gic_probe(FakeGic()) == (None, "does not exit: the hypervisor sleeps by itself")
 
 
 @pytest.mark.usefixtures("softhv_for_framework")
 def test_own_gic_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The VM is given back: on a Mac the next probe could have none otherwise."""
-    closed = []
+    closed: list[None] = []
     close = NativeHypervisor.close
     monkeypatch.setattr(NativeHypervisor, "close", lambda hypervisor: closed.append(close(hypervisor)))
     gic = FakeGic(hv_gic_create=0xFAE9400F - (1 << 32))
