@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
+import sys
 import threading
 import time
 from collections.abc import Generator
@@ -43,6 +44,9 @@ from avmm.vcpu import sysregs
 from avmm.vcpu.loop import Event, VcpuLoop
 from avmm.vcpu.loop import Outcome as VcpuOutcome
 from avmm.vcpu.psci import Psci
+
+#: Linux's, which the mmap module of Python 3.11 does not name; macOS reserves nothing anyway.
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 
 log = structlog.get_logger("avmm")
 
@@ -458,7 +462,7 @@ def _read_images(config: VmConfig) -> tuple[Kernel, bytes | None]:
 
 def _allocate(size: int) -> mmap.mmap:
     """Guest RAM: pages the guest never touches cost nothing. Raises HostError."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     try:
         return mmap.mmap(-1, size, flags=flags)
     except OSError as error:

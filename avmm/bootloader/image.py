@@ -17,6 +17,9 @@ _HEADER_SIZE = 64
 _MAGIC_AT, _MAGIC = 56, b"ARM\x64"
 #: Where kernels older than Linux 3.17, which leave ``image_size`` zero, want to be.
 _OLD_TEXT_OFFSET = 0x8_0000
+#: Files are read in pieces of so many bytes: a file may be endless, and a guest's memory larger than the host's.
+_PIECE = 1 << 24
+
 #: A kernel file in a folder of its own can be packed twice (zboot in gzip), not more.
 _NESTING = 2
 
@@ -42,7 +45,9 @@ def read_file(path: str | os.PathLike[str], what: str, limit: int) -> bytes:
     path = Path(path)
     try:
         with path.open("rb") as stream:
-            content = stream.read(limit + 1)
+            content = bytearray()
+            while len(content) <= limit and (piece := stream.read(_PIECE)):
+                content += piece
     except FileNotFoundError:
         raise ImageError(f"{path}: there is no such {what}; `avmm fetch debian` gets one") from None
     except IsADirectoryError:
@@ -53,7 +58,7 @@ def read_file(path: str | os.PathLike[str], what: str, limit: int) -> bytes:
         raise ImageError(f"{path}: this {what} is empty")
     if len(content) > limit:
         raise ImageError(f"{path}: this {what} is larger than the guest's memory of {limit >> 20} MiB: give it more")
-    return content
+    return bytes(content)
 
 
 def load_kernel(path: str | os.PathLike[str], memory: int) -> Kernel:
