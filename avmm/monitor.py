@@ -19,11 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-import structlog
-
 from avmm.errors import HostError
-
-log = structlog.get_logger("avmm")
+from avmm.log import log
 
 #: A request longer than this is not one: the connection is closed.
 _REQUEST_MAX: Final = 4096

@@ -17,15 +17,12 @@ from collections.abc import Callable, Coroutine, Generator
 from functools import lru_cache, partial
 from typing import Any, Final
 
-import structlog
-
 from avmm.bus import Bus
 from avmm.errors import ConfigError, GuestFault
 from avmm.hypervisor.base import ExitKind, Vcpu
+from avmm.log import log
 from avmm.vcpu.loop import VcpuLoop
 from avmm.vcpu.park import Cause
-
-log = structlog.get_logger("avmm")
 
 #: Events a track keeps before it writes them.
 _BATCH: Final = 512

@@ -21,8 +21,6 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
-import structlog
-
 from avmm.aio import cancel, outlast
 from avmm.backends.serial import SerialLine
 from avmm.board import Board
@@ -37,6 +35,7 @@ from avmm.guest.console import Console
 from avmm.guest.panic import PanicWatch
 from avmm.hypervisor import Hypervisor, open_hypervisor
 from avmm.hypervisor.base import ExitKind
+from avmm.log import log
 from avmm.memory import GuestMemory, Region
 from avmm.monitor import Monitor
 from avmm.trace import Trace
@@ -47,8 +46,6 @@ from avmm.vcpu.psci import Psci
 
 #: Linux's, which the mmap module of Python 3.11 does not name; macOS reserves nothing anyway.
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
-
-log = structlog.get_logger("avmm")
 
 
 @dataclass(frozen=True, slots=True)
