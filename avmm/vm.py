@@ -267,12 +267,12 @@ class VirtualMachine:
         except AvmmError as error:
             outcome = Outcome("fault", error)
         finally:
+            self._line.close()  # delivers the last output
             self._mark("end")
             self.state = "stopped"
             self._outcome = outcome
             timers.close()
             self._release()
-            self._line.close()
             self.console.transcript.close(_why_gone(outcome))
             if monitoring is not None:
                 await cancel(monitoring)

@@ -10,7 +10,6 @@ import signal
 import sys
 import time
 
-import structlog
 import uvloop
 
 from avmm.cli.exitcodes import ExitCode
@@ -30,6 +29,8 @@ def run(config: VmConfig, *, timeout: float | None, timing: bool, monitor: bool,
 
 def configure_logging(verbose: int) -> None:
     """Send what avmm logs to stderr: warnings, from 1 on information, from 2 on everything."""
+    import structlog  # takes longer to load than the engine: not for those who want no log
+
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(level),

@@ -79,5 +79,6 @@ def run(args: argparse.Namespace) -> int:
         return ExitCode.POWER_OFF
     from avmm.cli import attach
 
-    attach.configure_logging(args.verbose)
+    if args.verbose or args.trace:
+        attach.configure_logging(args.verbose)
     return attach.run(config, timeout=args.timeout, timing=args.timing, monitor=not args.no_monitor, trace=args.trace)
