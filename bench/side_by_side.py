@@ -48,8 +48,7 @@ class Machine:
 
 
 def _avmm(kernel: Path, initrd: Path, memory: int, cpus: int, append: str) -> list[str]:
-    avmm = str(Path(sys.executable).with_name("avmm"))
-    return [avmm, "boot", str(kernel), str(initrd), "-m", f"{memory}M", "-c", str(cpus), "-a", append]
+    return [sys.executable, "-m", "avmm.cli", "boot", str(kernel), str(initrd), "-m", f"{memory}M", "-c", str(cpus), "-a", append]
 
 
 def _qemu(kernel: Path, initrd: Path, memory: int, cpus: int, append: str) -> list[str]:

@@ -1,0 +1,88 @@
+"""Work inside the guest, in CPU seconds of the host: busybox programs timed within one boot.
+
+python bench/guest_work.py [-n RUNS] [--flavour cloud|generic] [--only NAME ...] [--engine NAME]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from side_by_side import AVMM, QEMU, Machine, cpu_seconds, guest, headline, require_qemu, with_init
+
+WORK = {
+    "shell loop": "i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done",
+    "md5": "head -c 60000000 /dev/zero | md5sum >/dev/null",
+    "sha256": "head -c 30000000 /dev/zero | sha256sum >/dev/null",
+    "gzip": "cat /bin/busybox /bin/busybox /bin/busybox /bin/busybox | gzip -c >/dev/null",
+    "awk floats": "awk 'BEGIN { for (i = 1; i < 400000; i++) s += i / 3.5; print s }' >/dev/null",
+    "fork+exec": "i=0; while [ $i -lt 400 ]; do /bin/true; i=$((i+1)); done",
+    "400k syscalls": "dd if=/dev/zero of=/dev/null bs=1 count=200000 2>/dev/null",
+    "memcpy 1 GiB": "dd if=/dev/zero of=/dev/null bs=1M count=1024 2>/dev/null",
+}
+MARK = b"@mark "
+
+
+def script(names: list[str]) -> str:
+    lines = ["#!/bin/sh", "mount -t proc proc /proc 2>/dev/null; mount -t devtmpfs dev /dev 2>/dev/null"]
+    for name in names:
+        lines += ["echo '@mark'", WORK[name], f"echo '@mark {name}'"]
+    return "\n".join([*lines, "poweroff -f", ""])
+
+
+def run(machine: Machine, kernel: Path, initrd: Path, extra: list[str]) -> dict[str, float]:
+    """CPU seconds by name: ``boot`` up to the first line of the script, then each program."""
+    argv = [*machine.command(kernel, initrd, 512, 1, "avmm.init=/bench-init quiet"), *extra]
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    found: dict[str, float] = {}
+    before = 0.0
+    deadline = time.monotonic() + 900
+    for raw in process.stdout:
+        line = raw.strip()
+        if line == b"@mark" or line.startswith(MARK):
+            now = cpu_seconds(process.pid)
+            if line != b"@mark":
+                found[line[len(MARK) :].decode()] = now - before
+            elif "boot" not in found:
+                found["boot"] = now
+            before = now
+        if time.monotonic() > deadline:
+            process.kill()
+            sys.exit(f"{machine.name} takes too long")
+    if process.wait():
+        sys.exit(f"{machine.name} exited with {process.returncode}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-n", type=int, default=3, help="counted runs of each")
+    parser.add_argument("--flavour", default="cloud")
+    parser.add_argument("--only", nargs="*", default=list(WORK), choices=list(WORK))
+    parser.add_argument("--engine", default="auto", help="avmm's")
+    args = parser.parse_args()
+    require_qemu()
+    fetched = guest(args.flavour)
+    initrd = with_init(fetched.initrd, script(args.only))
+    headline(f"work in a guest, CPU seconds: {fetched.version} {args.flavour}, 512 MiB, 1 vCPU")
+    runs: dict[str, list[dict[str, float]]] = {AVMM.name: [], QEMU.name: []}
+    try:
+        for _ in range(args.n):
+            runs[AVMM.name].append(run(AVMM, fetched.kernel, initrd, ["--engine", args.engine]))
+            runs[QEMU.name].append(run(QEMU, fetched.kernel, initrd, []))
+    finally:
+        os.unlink(initrd)
+    print(f"{'':16s}{'avmm':>9s}{'QEMU TCG':>10s}{'ratio':>8s}")
+    for name in ["boot", *args.only]:
+        ours, theirs = (statistics.median(one[name] for one in runs[machine]) for machine in (AVMM.name, QEMU.name))
+        print(f"{name:16s}{ours:9.2f}{theirs:10.2f}{ours / theirs:8.2f}")
+
+
+if __name__ == "__main__":
+    main()
