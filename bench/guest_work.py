@@ -16,12 +16,12 @@ from pathlib import Path
 from side_by_side import AVMM, QEMU, Machine, cpu_seconds, guest, headline, require_qemu, with_init
 
 WORK = {
-    "shell loop": "i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done",
-    "md5": "head -c 60000000 /dev/zero | md5sum >/dev/null",
-    "sha256": "head -c 30000000 /dev/zero | sha256sum >/dev/null",
+    "shell loop": "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done",
+    "md5": "head -c 20000000 /dev/zero | md5sum >/dev/null",
+    "sha256": "head -c 10000000 /dev/zero | sha256sum >/dev/null",
     "gzip": "cat /bin/busybox /bin/busybox /bin/busybox /bin/busybox | gzip -c >/dev/null",
     "awk floats": "awk 'BEGIN { for (i = 1; i < 400000; i++) s += i / 3.5; print s }' >/dev/null",
-    "fork+exec": "i=0; while [ $i -lt 400 ]; do /bin/true; i=$((i+1)); done",
+    "fork+exec": "i=0; while [ $i -lt 200 ]; do /bin/true; i=$((i+1)); done",
     "400k syscalls": "dd if=/dev/zero of=/dev/null bs=1 count=200000 2>/dev/null",
     "memcpy 1 GiB": "dd if=/dev/zero of=/dev/null bs=1M count=1024 2>/dev/null",
 }

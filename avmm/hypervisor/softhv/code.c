@@ -152,9 +152,11 @@ static void drop_page(struct vm *vm, struct code_page *page) {
         while (*link != block)
             link = &(*link)->bucket;
         *link = block->bucket;
+        jit_drop(vm, block, block->pa);
+        block->pa = BLOCK_DROPPED; /* vCPUs may still know it */
+        block->cold = 0;
     }
     page->blocks = NULL;
-    vm->code_gen++;
     if (vm->turn)
         vm->turn->counters.invalidations++;
 }

@@ -165,6 +165,8 @@ enum {
     BLOCK_MAX = 63 /* instructions: uop.off is a byte */
 };
 
+#define BLOCK_DROPPED (~UINT64_C(0)) /* in a block's pa */
+
 /* Immutable once published, but for `cold` and `code`. Keyed by physical address: the same block serves every mapping. */
 struct block {
     uint64_t pa;
@@ -202,10 +204,11 @@ struct fetch_entry {
 };
 
 /* Blocks by virtual address, to leave the fast path of branches in one compare. */
-enum { JUMP_BITS = 12, JUMP_SIZE = 1 << JUMP_BITS };
+enum { JUMP_BITS = 13, JUMP_SIZE = 1 << JUMP_BITS };
 struct jump_entry {
     uint64_t pc;       /* ~0 when empty */
     struct block *block;
+    const void *code; /* the block's, when the dispatcher has seen it compiled here */
 };
 /* The blocks of one page lie in one aligned row of JUMP_ROW entries: what TLBI by VA clears. */
 enum { JUMP_ROW = 1 << (PAGE_BITS - 2) };
@@ -270,6 +273,7 @@ struct vcpu {
     struct jump_entry jump[2][JUMP_SIZE]; /* by EL */
     /* What the caches above hold, by half of the address space (VA bit 55), so that flushes can be narrow. */
     bool cached[2];       /* anything */
+    bool jump_half[2][2]; /* by EL and half: blocks */
     bool nonglobal[2];    /* pages of the current ASID only */
     bool cached_data[MMU_COUNT][2];
     bool large_data[MMU_COUNT][2]; /* pieces of mappings larger than 4 KiB: TLBI by VA must look at all entries */
@@ -286,7 +290,10 @@ struct vcpu {
     bool event;       /* the event register of WFE */
     bool in_turn;     /* vm->turn is this one */
     uint64_t icount;  /* instructions retired */
-    const void *jit_link; /* see jit.h */
+    const void *jit_link, *jit_far; /* see jit.h */
+    uint64_t jit_far_page;
+    uint64_t link_gen[2]; /* by EL: changes, and never back, whenever anything leaves jump[el]; in no two ELs equal */
+    uint64_t link_now;    /* the current EL's */
     struct vm *vm;
     hv_vcpu_t handle;
     /* Turns, under vm->lock. */

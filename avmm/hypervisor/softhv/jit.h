@@ -24,10 +24,15 @@ bool jit_full(const struct vm *vm);
 void jit_enter(struct vcpu *c, const void *code);
 
 /*
- * Code that came back for want of the block at c->pc, and could have gone on there, leaves its way out in
- * c->jit_link: it is pointed at `code`. Only before anything else of the vCPU or the VM changed.
+ * Code that came back for want of the block at c->pc, and could have gone on there, leaves its way out in c->jit_link
+ * or, of another page, c->jit_far: it is pointed at `code`. Not once anything of the vCPU or the VM has changed since:
+ * then both are cleared by jit_unlink().
  */
 void jit_link(struct vcpu *c, const void *code);
+static inline void jit_unlink(struct vcpu *c) { c->jit_link = c->jit_far = NULL; }
+
+/* `block`, of guest code at `pa`, is out of date: whoever gets to its code comes back at once. No vCPU is in compiled code. */
+void jit_drop(struct vm *vm, struct block *block, uint64_t pa);
 
 void jit_flush(struct vm *vm); /* all code is dropped; no vCPU is in it */
 

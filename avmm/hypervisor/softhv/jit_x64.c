@@ -16,11 +16,15 @@ struct jit {
     const uint8_t *exec;
     size_t size, limit, used, stubs; /* bytes; the stubs at the start survive flushes */
     int32_t threshold;
-    const uint8_t *enter, *lookup, *link, *call, *call_flags; /* where to write them: point() takes distances */
+    const uint8_t *enter, *lookup, *lookup_far, *link, *dropped, *call, *call_flags; /* where to write them: point() takes distances */
 };
 
 static const struct emitter *emitter_of[ROWS_MAX];
 static bool (*plain_of[ROWS_MAX])(struct vcpu *, const struct uop *);
+
+/* Where leave_far() has what is patched, from its first instruction on. */
+enum { FAR_GEN = 2, FAR_PAGE = 25, FAR_JUMP = 50 };
+#define NOT_LINKED (~UINT64_C(0))
 
 /* ---- Guest registers in host registers ------------------------------------------------------------------------------- */
 
@@ -166,6 +170,36 @@ static void call_stub(struct emit *e, const uint8_t *stub) {
 static void count(struct emit *e, const struct uop *u) { alu_mem_imm(e, SUB, CPU, AT(budget), u->off / 4 + 1); }
 
 /*
+ * To another page the way out is a jump as well, good as long as it was taken from this VA, at that EL, and nothing was
+ * dropped from what is known of code there: then the jump cache would still give the same answer. Both constants
+ * are patched together with the jump.
+ */
+static void leave_far(struct emit *e, int32_t target, uint8_t *stop[2]) {
+    uint8_t *site = e->p;
+    opcode(e, 1, 0xb8 | RCX, 0, 0, RCX);
+    word64(e, NOT_LINKED);
+    op_rm(e, 1, 0x3b, RCX, CPU, AT(link_now));
+    uint8_t *other = jcc(e, NE);
+    opcode(e, 1, 0xb8 | RCX, 0, 0, RCX);
+    word64(e, 0);
+    alu(e, 1, CMP, RCX, PAGE);
+    uint8_t *elsewhere = jcc(e, NE);
+    op_rr(e, 1, 0x81, ADD, PAGE);
+    word32(e, (uint32_t)target & ~(uint32_t)(PAGE_SIZE - 1));
+    if (jmp(e) - site != FAR_JUMP)
+        __builtin_trap();
+    here(e, other);
+    here(e, elsewhere);
+    if (stop[0])
+        here(e, stop[0]), here(e, stop[1]);
+    lea(e, 1, RAX, PAGE, target);
+    opcode(e, 1, 0x8d, RSI, 0, 0); /* LEA RSI, [RIP + ...] */
+    byte(e, RSI << 3 | 5);
+    word32(e, (uint32_t)(site - (e->p + 4)));
+    jump_to(e, e->jit->lookup_far);
+}
+
+/*
  * Within the page the way out is a jump, pointed at its target when that is compiled: both are code of the same
  * physical page, are dropped together, and PAGE stays right. Backwards, it looks at the budget and requests.
  */
@@ -173,17 +207,16 @@ void leave_to(struct emit *e, const struct uop *u, int32_t target) {
     spill(e, &e->regs);
     need_flags(e);
     count(e, u);
-    if (target < 0 || target >= PAGE_SIZE) {
-        lea(e, 1, RAX, PAGE, target);
-        jump_to(e, e->jit->lookup);
-        return;
-    }
     uint8_t *stop[2] = {NULL, NULL};
     if (target <= page_offset(e, u)) {
         stop[0] = jcc(e, LE);
         op_rm(e, 0, 0xf6, 0, CPU, AT(poll));
         byte(e, POLL_NOW);
         stop[1] = jcc(e, NE);
+    }
+    if (target < 0 || target >= PAGE_SIZE) {
+        leave_far(e, target, stop);
+        return;
     }
     here(e, jmp(e));
     if (stop[0])
@@ -346,16 +379,37 @@ void jit_enter(struct vcpu *c, const void *code) {
 
 void jit_link(struct vcpu *c, const void *code) {
     struct jit *jit = c->vm->jit;
-    uint8_t *field = jit->write + ((const uint8_t *)c->jit_link - jit->exec);
-    point(field, jit->write + ((const uint8_t *)code - jit->exec));
+    const uint8_t *target = jit->write + ((const uint8_t *)code - jit->exec);
+    if (c->jit_link) {
+        point(jit->write + ((const uint8_t *)c->jit_link - jit->exec), target);
+    } else if (c->jit_far) {
+        uint8_t *far = jit->write + ((const uint8_t *)c->jit_far - jit->exec);
+        memcpy(far + FAR_GEN, &c->link_now, 8);
+        memcpy(far + FAR_PAGE, &c->jit_far_page, 8);
+        point(far + FAR_JUMP, target);
+    } else {
+        return;
+    }
     c->counters.links++;
+    jit_unlink(c);
+}
+
+/* All code is longer than that: a count and a jump it has at least. */
+void jit_drop(struct vm *vm, struct block *block, uint64_t pa) {
+    if (!block->code)
+        return;
+    struct jit *jit = vm->jit;
+    struct emit *e = &(struct emit){.p = jit->write + ((const uint8_t *)block->code - jit->exec)};
+    mov_imm(e, RAX, pa & (PAGE_SIZE - 1));
+    jump_to(e, jit->dropped);
+    block->code = NULL;
 }
 
 void jit_flush(struct vm *vm) {
     if (vm->jit)
         vm->jit->used = vm->jit->stubs;
     if (vm->turn)
-        vm->turn->jit_link = NULL;
+        jit_unlink(vm->turn);
 }
 
 /* ---- Stubs ---------------------------------------------------------------------------------------------------------------- */
@@ -367,6 +421,34 @@ static void pop(struct emit *e, unsigned reg) { opcode(e, 0, 0x58 | (reg & 7), 0
 static void align(struct emit *e) {
     while ((uintptr_t)e->p & 15)
         byte(e, 0xcc);
+}
+
+/* To the code at RAX, if it is known. A PC with a tag, or not aligned, never is. */
+static void emit_lookup(struct emit *e, const uint8_t *leave) {
+    alu_mem_imm(e, CMP, CPU, AT(budget), 0);
+    point(jcc(e, LE), leave);
+    op_rm(e, 0, 0xf6, 0, CPU, AT(poll));
+    byte(e, POLL_NOW);
+    point(jcc(e, NE), leave);
+    mov(e, 0, RCX, RAX);
+    shift(e, 0, SHR, RCX, 2);
+    mov(e, 1, RDX, RAX);
+    shift(e, 1, SHR, RDX, 13);
+    alu(e, 0, XOR, RCX, RDX);
+    alu_imm(e, 0, AND, RCX, JUMP_SIZE - 1);
+    op_rm(e, 0, 0x0fb6, RDX, CPU, AT(el));
+    shift(e, 0, SHL, RDX, JUMP_BITS);
+    alu(e, 0, ADD, RCX, RDX);
+    op_rx(e, 0, 0x8d, RCX, RCX, RCX, 1);
+    op_rx(e, 1, 0x8d, RCX, CPU, RCX, 3);
+    op_rm(e, 1, 0x3b, RAX, RCX, AT(jump) + (int32_t)offsetof(struct jump_entry, pc));
+    point(jcc(e, NE), leave);
+    load(e, 1, RCX, RCX, AT(jump) + (int32_t)offsetof(struct jump_entry, code));
+    test(e, 1, RCX, RCX);
+    point(jcc(e, E), leave);
+    mov(e, 1, PAGE, RAX);
+    alu_imm(e, 1, AND, PAGE, -PAGE_SIZE);
+    op_rr(e, 0, 0xff, 4, RCX);
 }
 
 static void emit_stubs(struct emit *e, struct vm *vm) {
@@ -401,34 +483,27 @@ static void emit_stubs(struct emit *e, struct vm *vm) {
     flags_from_memory(e);
     load(e, 1, RAX, CPU, AT(pc));
 
-    jit->lookup = e->p; /* To the code at RAX, if it is known. A PC with a tag, or not aligned, never is. */
-    alu_mem_imm(e, CMP, CPU, AT(budget), 0);
-    point(jcc(e, LE), leave);
-    op_rm(e, 0, 0xf6, 0, CPU, AT(poll));
-    byte(e, POLL_NOW);
-    point(jcc(e, NE), leave);
-    mov(e, 0, RCX, RAX);
-    shift(e, 0, SHR, RCX, 2);
-    mov(e, 1, RDX, RAX);
-    shift(e, 1, SHR, RDX, 13);
-    alu(e, 0, XOR, RCX, RDX);
-    alu_imm(e, 0, AND, RCX, JUMP_SIZE - 1);
-    shift(e, 0, SHL, RCX, 4);
-    op_rm(e, 0, 0x0fb6, RDX, CPU, AT(el));
-    shift(e, 0, SHL, RDX, JUMP_BITS + 4);
-    alu(e, 0, ADD, RCX, RDX);
-    alu(e, 1, ADD, RCX, CPU);
-    op_rm(e, 1, 0x3b, RAX, RCX, AT(jump) + (int32_t)offsetof(struct jump_entry, pc));
-    point(jcc(e, NE), leave);
-    load(e, 1, RCX, RCX, AT(jump) + (int32_t)offsetof(struct jump_entry, block));
-    load(e, 1, RCX, RCX, offsetof(struct block, code));
-    test(e, 1, RCX, RCX);
-    point(jcc(e, E), leave);
-    mov(e, 1, PAGE, RAX);
-    alu_imm(e, 1, AND, PAGE, -PAGE_SIZE);
-    op_rr(e, 0, 0xff, 4, RCX);
+    jit->lookup = e->p;
+    emit_lookup(e, leave);
 
-    align(e); /* EAX: offset in the page of code that is not linked yet; see leave_to(). */
+    align(e); /* The same for leave_far(), which RSI points at, and which is linked at the next chance. */
+    const uint8_t *leave_far = e->p;
+    store(e, 1, RSI, CPU, AT(jit_far));
+    store(e, 1, PAGE, CPU, AT(jit_far_page));
+    jump_to(e, leave);
+    align(e);
+    jit->lookup_far = e->p;
+    op_rm(e, 1, 0x83, CMP, RSI, FAR_GEN);
+    byte(e, (uint8_t)NOT_LINKED);
+    point(jcc(e, E), leave_far);
+    emit_lookup(e, leave_far);
+
+    align(e); /* EAX: offset in the page of code that was dropped. */
+    jit->dropped = e->p;
+    alu(e, 1, ADD, RAX, PAGE);
+    jump_to(e, leave);
+
+    align(e); /* The same of code that is not linked yet; see leave_to(). */
     jit->link = e->p;
     pop(e, RCX);
     alu_imm(e, 1, SUB, RCX, LINK_BACK);
@@ -456,7 +531,7 @@ static void emit_stubs(struct emit *e, struct vm *vm) {
     align(e);
 }
 
-_Static_assert(sizeof(struct jump_entry) == 16, "the stub `lookup` scales by it");
+_Static_assert(sizeof(struct jump_entry) == 3 * 8, "the stub `lookup` scales by it");
 _Static_assert(offsetof(struct vcpu, jump) < INT32_MAX, "displacements");
 
 static void fill_tables(void) {
@@ -543,6 +618,7 @@ const void *jit_compile(struct vcpu *c, const struct block *block) { return (voi
 bool jit_full(const struct vm *vm) { return (void)vm, false; }
 void jit_enter(struct vcpu *c, const void *code) { (void)c, (void)code; }
 void jit_link(struct vcpu *c, const void *code) { (void)c, (void)code; }
+void jit_drop(struct vm *vm, struct block *block, uint64_t pa) { (void)vm, (void)block, (void)pa; }
 void jit_flush(struct vm *vm) { (void)vm; }
 hv_return_t softhv_vm_set_jit(softhv_vm_t *vm, uint32_t threshold, size_t limit) {
     return !vm ? HV_BAD_ARGUMENT : threshold == SOFTHV_NO_JIT ? HV_SUCCESS : HV_UNSUPPORTED;

@@ -17,15 +17,22 @@ enum {
     STORES = 8, SIGNED = 16, WIDE = 32 /* extended to 64 bits */, ALIGNED = 64, FENCED = 128, /* the rest: */ MODE = 8
 };
 enum {
-    M_IMM = 0, M_PRE, M_POST, M_LSL, M_UXTW, M_SXTW, M_BASE
+    M_IMM = 0, M_PRE, M_POST, M_LSL, M_UXTW, M_SXTW, M_BASE, M_UNPRIVILEGED
 };
 
 /* RAX = the host address of `size` bytes at the guest's RAX; RCX and RDX are lost. */
-static void translate(struct emit *e, struct outlined *o, unsigned size, bool write) {
+static void translate(struct emit *e, struct outlined *o, unsigned size, bool write, bool unprivileged) {
     mov(e, 0, RCX, RAX);
     shift(e, 0, SHR, RCX, PAGE_BITS - 5);
     alu_imm(e, 0, AND, RCX, (TLB_SIZE - 1) << 5);
-    op_rm(e, 1, 0x03, RCX, CPU, AT(bank));
+    if (unprivileged) {
+        cmp_byte(e, AT(uao), 0); /* the op's affair: it counts at EL1 only */
+        also_from(o, jcc(e, NE));
+        lea(e, 1, RDX, CPU, AT(tlb[MMU_EL0]));
+        alu(e, 1, ADD, RCX, RDX);
+    } else {
+        op_rm(e, 1, 0x03, RCX, CPU, AT(bank));
+    }
     lea(e, 1, RDX, RAX, (int32_t)size - 1);
     alu_imm(e, 1, AND, RDX, -PAGE_SIZE);
     op_rm(e, 1, 0x3b, RDX, RCX, write ? offsetof(struct tlb_entry, write) : offsetof(struct tlb_entry, read));
@@ -50,6 +57,7 @@ static void address(struct emit *e, const struct uop *u, uint32_t arg, struct op
     switch (arg >> MODE) {
     case M_IMM:
     case M_PRE:
+    case M_UNPRIVILEGED:
         if (u->imm)
             lea(e, 1, RAX, at.n, (int32_t)u->imm);
         else
@@ -123,7 +131,7 @@ static void emit_access(struct emit *e, const struct uop *u, uint32_t arg) {
     unsigned t = arg & STORES ? use(e, u->rd) : reserve(e, u->rd);
     struct outlined *o = slow_call(e, u);
     address(e, u, arg, at, o);
-    translate(e, o, 1u << (arg & 7), arg & STORES);
+    translate(e, o, 1u << (arg & 7), arg & STORES, arg >> MODE == M_UNPRIVILEGED);
     if (arg & STORES) {
         store_x(e, arg, t, 0);
         if (arg & FENCED) { /* a later LDAR does not overtake an STLR */
@@ -142,7 +150,7 @@ static void emit_literal(struct emit *e, const struct uop *u, uint32_t arg) {
     unsigned t = reserve(e, u->rd);
     struct outlined *o = slow_call(e, u);
     lea(e, 1, RAX, PAGE, e->page_offset + (int32_t)u->imm);
-    translate(e, o, 1u << (arg & 7), false);
+    translate(e, o, 1u << (arg & 7), false, false);
     load_x(e, arg, t, 0);
     dirty(e, u->rd);
     comes_back(e, o);
@@ -159,7 +167,7 @@ static void emit_pair(struct emit *e, const struct uop *u, uint32_t arg) {
     struct outlined *o = slow_call(e, u);
     unsigned size = 1u << (arg & 7);
     address(e, u, arg, at, o);
-    translate(e, o, 2 * size, arg & STORES);
+    translate(e, o, 2 * size, arg & STORES, false);
     if (arg & STORES) {
         store_x(e, arg, t, 0);
         store_x(e, arg, t2, (int32_t)size);
@@ -206,7 +214,7 @@ static void emit_access_v(struct emit *e, const struct uop *u, uint32_t arg) {
     struct operands at = operands(e, u, arg);
     struct outlined *o = slow_call(e, u);
     address(e, u, arg, at, o);
-    translate(e, o, 1u << (arg & 7), arg & STORES);
+    translate(e, o, 1u << (arg & 7), arg & STORES, false);
     if (arg & STORES) {
         store_v(e, arg, u->rd, 0);
     } else {
@@ -221,7 +229,7 @@ static void emit_literal_v(struct emit *e, const struct uop *u, uint32_t arg) {
     check_fp(e, u);
     struct outlined *o = slow_call(e, u);
     lea(e, 1, RAX, PAGE, e->page_offset + (int32_t)u->imm);
-    translate(e, o, 1u << (arg & 7), false);
+    translate(e, o, 1u << (arg & 7), false, false);
     load_v(e, arg, 0, 0);
     op_rm(e, 0, MOVUPS_STORE, 0, CPU, V_AT(u->rd));
     comes_back(e, o);
@@ -233,7 +241,7 @@ static void emit_pair_v(struct emit *e, const struct uop *u, uint32_t arg) {
     struct outlined *o = slow_call(e, u);
     unsigned size = 1u << (arg & 7);
     address(e, u, arg, at, o);
-    translate(e, o, 2 * size, arg & STORES);
+    translate(e, o, 2 * size, arg & STORES, false);
     if (arg & STORES) {
         store_v(e, arg, u->rd, 0);
         store_v(e, arg, u->ra, (int32_t)size);
@@ -257,6 +265,8 @@ static void emit_nothing(struct emit *e, const struct uop *u, uint32_t arg) {}
 #define INDEXED(name, emitter, arg)                                                                                       \
     MODES(name, emitter, arg), {p_##name##_lsl, emitter, (arg) | M_LSL << MODE, TRAPS},                                   \
     {p_##name##_uxtw, emitter, (arg) | M_UXTW << MODE, TRAPS}, {p_##name##_sxtw, emitter, (arg) | M_SXTW << MODE, TRAPS}
+#define GENERAL(name, arg)                                                                                                \
+    INDEXED(name, emit_access, arg), {p_##name##_unpriv, emit_access, (arg) | M_UNPRIVILEGED << MODE, TRAPS}
 #define VECTORS(letter, size)                                                                                             \
     INDEXED(ldr_##letter, emit_access_v, size), INDEXED(str_##letter, emit_access_v, (size) | STORES)
 #define VECTOR_PAIRS(letter, size) MODES(ldp_##letter, emit_pair_v, size), MODES(stp_##letter, emit_pair_v, (size) | STORES)
@@ -265,19 +275,19 @@ static void emit_nothing(struct emit *e, const struct uop *u, uint32_t arg) {}
     {p_stlr##width, emit_access, (size) | STORES | ALIGNED | FENCED | M_BASE << MODE, TRAPS}
 
 const struct emitter jit_x64_mem[] = {
-    INDEXED(ldrb, emit_access, 0),
-    INDEXED(ldrh, emit_access, 1),
-    INDEXED(ldr32, emit_access, 2),
-    INDEXED(ldr64, emit_access, 3),
-    INDEXED(ldrsb32, emit_access, 0 | SIGNED),
-    INDEXED(ldrsb64, emit_access, 0 | SIGNED | WIDE),
-    INDEXED(ldrsh32, emit_access, 1 | SIGNED),
-    INDEXED(ldrsh64, emit_access, 1 | SIGNED | WIDE),
-    INDEXED(ldrsw, emit_access, 2 | SIGNED | WIDE),
-    INDEXED(strb, emit_access, 0 | STORES),
-    INDEXED(strh, emit_access, 1 | STORES),
-    INDEXED(str32, emit_access, 2 | STORES),
-    INDEXED(str64, emit_access, 3 | STORES),
+    GENERAL(ldrb, 0),
+    GENERAL(ldrh, 1),
+    GENERAL(ldr32, 2),
+    GENERAL(ldr64, 3),
+    GENERAL(ldrsb32, 0 | SIGNED),
+    GENERAL(ldrsb64, 0 | SIGNED | WIDE),
+    GENERAL(ldrsh32, 1 | SIGNED),
+    GENERAL(ldrsh64, 1 | SIGNED | WIDE),
+    GENERAL(ldrsw, 2 | SIGNED | WIDE),
+    GENERAL(strb, 0 | STORES),
+    GENERAL(strh, 1 | STORES),
+    GENERAL(str32, 2 | STORES),
+    GENERAL(str64, 3 | STORES),
     {p_ldr32_literal, emit_literal, 2, TRAPS},
     {p_ldr64_literal, emit_literal, 3, TRAPS},
     {p_ldrsw_literal, emit_literal, 2 | SIGNED | WIDE, TRAPS},

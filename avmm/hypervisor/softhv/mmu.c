@@ -153,6 +153,31 @@ static void tlb_fill(struct vcpu *c, uint64_t va, unsigned idx, const struct tra
         c->large_data[idx][half_of(va)] = true;
 }
 
+static void no_code(struct vcpu *c, unsigned half) {
+    c->code[half].low = ~UINT64_C(0);
+    c->code[half].high = 0;
+    c->code[half].page_bits = 0;
+}
+
+static bool has_code(const struct vcpu *c, unsigned half) { return c->code[half].low <= c->code[half].high; }
+
+static inline bool in_half(uint64_t va, unsigned half) { return va != TLB_NONE && half_of(va) == half; }
+
+/* `count` is a whole number of rows. Empty is a PC that no guest gets here with: ~0, but where ~0 itself belongs. */
+static void jump_clear(struct vcpu *c, unsigned el, unsigned first, unsigned count) {
+    struct jump_entry *jump = c->jump[el];
+    memset(&jump[first], 0xff, count * sizeof *jump);
+    unsigned own = jump_index(UINT64_MAX);
+    if (own - first < count)
+        jump[own].pc = UINT64_MAX - 4; /* of another index */
+    c->link_gen[el] += 2;
+    c->link_now = c->link_gen[c->el];
+}
+
+static void drop_row(struct vcpu *c, unsigned el, uint64_t va) {
+    jump_clear(c, el, jump_index(va) & ~(unsigned)(JUMP_ROW - 1), JUMP_ROW);
+}
+
 static void fetch_fill(struct vcpu *c, struct fetch_entry *e, const struct translation *t, struct ram *ram) {
     uint64_t pa = t->pa & PAGE_MASK, size = BIT(t->page_bits), start = c->pc & ~(size - 1);
     unsigned half = half_of(c->pc);
@@ -166,15 +191,10 @@ static void fetch_fill(struct vcpu *c, struct fetch_entry *e, const struct trans
         c->code[half].page_bits = t->page_bits;
 }
 
-static void no_code(struct vcpu *c, unsigned half) {
-    c->code[half].low = ~UINT64_C(0);
-    c->code[half].high = 0;
-    c->code[half].page_bits = 0;
+static void drop_code_of(struct vcpu *c, unsigned el) {
+    jump_clear(c, el, 0, JUMP_SIZE);
+    c->jump_half[el][0] = c->jump_half[el][1] = false;
 }
-
-static bool has_code(const struct vcpu *c, unsigned half) { return c->code[half].low <= c->code[half].high; }
-
-static inline bool in_half(uint64_t va, unsigned half) { return va != TLB_NONE && half_of(va) == half; }
 
 void tlb_flush_half(struct vcpu *c, unsigned half) {
     if (!c->cached[half])
@@ -192,24 +212,18 @@ void tlb_flush_half(struct vcpu *c, unsigned half) {
             for (unsigned i = 0; i < FETCH_SIZE; i++)
                 if (in_half(c->fetch[el][i].va, half))
                     c->fetch[el][i].va = TLB_NONE;
-        tlb_drop_code(c);
+        for (unsigned el = 0; el < 2; el++)
+            if (c->jump_half[el][half])
+                drop_code_of(c, el);
         no_code(c, half);
     }
     c->cached[half] = c->nonglobal[half] = false;
     c->counters.tlb_flushes++;
 }
 
-/* `count` is a whole number of rows. Empty is a PC that no guest gets here with: ~0, but where ~0 itself belongs. */
-static void jump_clear(struct jump_entry *jump, unsigned first, unsigned count) {
-    memset(&jump[first], 0xff, count * sizeof *jump);
-    unsigned own = jump_index(UINT64_MAX);
-    if (own - first < count)
-        jump[own].pc = UINT64_MAX - 4; /* of another index */
-}
-
 void tlb_drop_code(struct vcpu *c) {
     for (unsigned el = 0; el < 2; el++)
-        jump_clear(c->jump[el], 0, JUMP_SIZE);
+        drop_code_of(c, el);
 }
 
 void tlb_flush_all(struct vcpu *c) {
@@ -248,9 +262,9 @@ static void flush_code_va(struct vcpu *c, uint64_t va) {
         if (c->code[half].page_bits > PAGE_BITS) {
             for (unsigned i = 0; i < FETCH_SIZE; i++)
                 c->fetch[el][i].va = TLB_NONE;
-        } else {
+        } else if (c->jump_half[el][half]) {
             c->fetch[el][(va >> PAGE_BITS) & (FETCH_SIZE - 1)].va = TLB_NONE;
-            jump_clear(c->jump[el], jump_index(va) & ~(unsigned)(JUMP_ROW - 1), JUMP_ROW);
+            drop_row(c, el, va);
         }
     }
     if (c->code[half].page_bits > PAGE_BITS)

@@ -196,20 +196,24 @@ const struct uop *next_block(struct vcpu *c) {
     return block->uops->fn(c, block->uops);
 }
 
-/* The block at c->pc goes into the jump cache; an exception may move c->pc instead. */
-static void find_block(struct vcpu *c) {
-    if (c->jump[c->el][jump_index(c->pc)].pc == c->pc)
-        return;
-    uint64_t pa;
+/* The block at c->pc, in the jump cache. NULL: it is elsewhere now (an exception, a tag), or the host is asked. */
+static struct jump_entry *find_block(struct vcpu *c) {
+    struct jump_entry *jump = &c->jump[c->el][jump_index(c->pc)];
+    if (jump->pc == c->pc && jump->block->pa != BLOCK_DROPPED)
+        return jump;
+    uint64_t pc = c->pc, pa;
     const uint8_t *host;
-    if (mmu_fetch(c, &pa, &host)) {
-        struct block *block = code_block(c, pa, host);
-        c->jump[c->el][jump_index(c->pc)] = (struct jump_entry){c->pc, block};
-    }
+    if (!mmu_fetch(c, &pa, &host) || c->pc != pc)
+        return NULL;
+    struct block *block = code_block(c, pa, host);
+    *jump = (struct jump_entry){pc, block, block->code};
+    c->jump_half[c->el][pc >> 55 & 1] = true;
+    return jump;
 }
 
 /* The block at c->pc ran often enough: by its compiled code, from now on. False: it has none, interpret it. */
-static bool run_compiled(struct vcpu *c, struct block *block) {
+static bool run_compiled(struct vcpu *c, struct jump_entry *jump) {
+    struct block *block = jump->block;
     if (!block->code) {
         if (jit_full(c->vm) || code_full(c->vm)) {
             code_flush(c->vm);
@@ -223,32 +227,28 @@ static bool run_compiled(struct vcpu *c, struct block *block) {
             return false;
         }
     }
-    if (c->jit_link)
-        jit_link(c, block->code);
-    c->jit_link = NULL;
+    jit_link(c, block->code);
+    jump->code = block->code;
     jit_enter(c, block->code);
     return true;
 }
 
 static void run(struct vcpu *c) {
-    c->jit_link = NULL;
+    jit_unlink(c);
     while (!c->exiting) {
         if (c->budget <= 0 || atomic_load_explicit(&c->poll, memory_order_relaxed) & POLL_NOW) {
-            c->jit_link = NULL;
+            jit_unlink(c);
             poll(c);
             if (c->exiting)
                 break;
         }
-        uint64_t pc = c->pc;
-        find_block(c);
-        if (c->pc != pc) /* an exception */
-            c->jit_link = NULL;
+        struct jump_entry *jump = find_block(c);
         c->counters.block_runs++;
-        const struct jump_entry *jump = &c->jump[c->el][jump_index(c->pc)];
-        if (jump->pc == c->pc && jump->block->cold <= 0 && run_compiled(c, jump->block))
+        if (jump && jump->block->cold <= 0 && run_compiled(c, jump))
             continue;
-        c->jit_link = NULL;
-        next_block(c);
+        jit_unlink(c);
+        if (jump)
+            next_block(c);
     }
     c->icount += (uint64_t)(int64_t)(c->slice - c->budget);
     c->slice = c->budget = 0;

@@ -81,6 +81,7 @@ hv_return_t hv_vcpu_create(hv_vcpu_t *vcpu, hv_vcpu_exit_t **exit, hv_vcpu_confi
     c->daif = DAIF_ALL; /* EL0t, as Apple leaves it */
     sysreg_reset(c);
     pstate_changed(c);
+    c->link_gen[1] = 1;
     tlb_flush_all(c);
     pthread_cond_init(&c->my_turn, NULL);
     hv_return_t result = assign_handle(c) ? join_vm(vm, c) : HV_NO_RESOURCES;
