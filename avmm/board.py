@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from avmm.bootloader import machine
@@ -11,13 +11,25 @@ from avmm.bus import Bus
 from avmm.devices.gicv3 import Gicv3
 from avmm.devices.pl011 import Pl011, SerialBackend
 from avmm.devices.pl031 import Pl031
+from avmm.devices.virtio.transport import VIRTIO_MMIO_SIZE, EmptySlots, VirtioDevice, VirtioMmio
 from avmm.fdt import Node
+from avmm.memory import GuestMemory
 
 
 class Board:
-    """Devices fresh from reset, on a bus, under ``lock`` (the VM's). A machine that resets gets a new one."""
+    """Devices fresh from reset, on a bus, under ``lock`` (the VM's). A machine that resets gets a new one.
 
-    def __init__(self, lock: threading.RLock, cpus: int, serial: SerialBackend) -> None:
+    ``virtio`` are the devices in the virtio slots from the first on, their queues in ``memory``.
+    """
+
+    def __init__(
+        self,
+        lock: threading.RLock,
+        cpus: int,
+        serial: SerialBackend,
+        memory: GuestMemory,
+        virtio: Sequence[VirtioDevice],
+    ) -> None:
         self.bus = Bus()
         self.gic = Gicv3(lock, cpus)
         self.bus.add(machine.GICD_BASE, machine.GICD_SIZE, self.gic.distributor, "GICv3 distributor")
@@ -26,11 +38,37 @@ class Board:
         self.bus.add(machine.PL011.base, machine.PL011.size, self.uart, "PL011")
         self.rtc = Pl031(lock, self.gic.spi(machine.PL031.spi))
         self.bus.add(machine.PL031.base, machine.PL031.size, self.rtc, "PL031")
+        self.virtio: list[VirtioMmio] = []
+        for index, device in enumerate(virtio):
+            slot = machine.virtio_slot(index)
+            transport = VirtioMmio(lock, self.gic.spi(slot.spi), memory, device)
+            self.bus.add(slot.base, slot.size, transport, f"virtio-{device.name}")
+            self.virtio.append(transport)
+        free = machine.VIRTIO_SLOTS - len(virtio)
+        if free:
+            first = machine.virtio_slot(len(virtio)).base
+            self.bus.add(first, free * VIRTIO_MMIO_SIZE, EmptySlots(), "empty virtio slots")
 
     def nodes(self) -> list[Node]:
         """The devices' own device-tree nodes."""
-        return [self.uart.fdt_node(machine.PL011), self.rtc.fdt_node(machine.PL031)]
+        slots = [transport.fdt_node(machine.virtio_slot(index)) for index, transport in enumerate(self.virtio)]
+        return [self.uart.fdt_node(machine.PL011), self.rtc.fdt_node(machine.PL031), *slots]
 
     def coroutines(self) -> list[Coroutine[Any, Any, None]]:
         """The devices' work, to run while the machine is on."""
-        return [self.uart.run(), self.rtc.run()]
+        return [self.uart.run(), self.rtc.run(), *(transport.run() for transport in self.virtio)]
+
+    async def pause(self) -> None:
+        """Bring the devices' work to rest: after the vCPUs."""
+        for transport in self.virtio:
+            await transport.pause()
+
+    def resume(self) -> None:
+        """Let the devices work again: before the vCPUs."""
+        for transport in self.virtio:
+            transport.resume()
+
+    def close(self) -> None:
+        """Let go of guest memory: when the coroutines have ended."""
+        for transport in self.virtio:
+            transport.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,15 @@ DEFAULT_CMDLINE = "console=ttyAMA0 panic=-1"
 
 ENGINES = ("auto", "framework", "softhv", "softhv,interpreter")
 
+DISK_FORMATS = ("raw", "qcow2")
+
+#: The machine has 32 virtio slots; some are for what is not a disk.
+DRIVES_MAX = 24
+
+#: Ports of the virtio console, by name.
+PORTS_MAX = 30
+_PORT = re.compile(r"[\w.-]{1,64}", re.ASCII)
+
 _SIZE = re.compile(r"(\d+)\s*([kmgt]?)i?b?", re.IGNORECASE)
 
 
@@ -40,9 +50,41 @@ def parse_size(text: str | int) -> int:
     return int(found[1]) << {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}[found[2].lower()]
 
 
+@dataclass(frozen=True, slots=True)
+class DriveConfig:
+    """One disk. ``format`` None: by the file's name. ``snapshot``: writes are forgotten when the VM ends."""
+
+    path: Path
+    read_only: bool = False
+    snapshot: bool = False
+    format: str | None = None
+
+    @classmethod
+    def parse(cls, text: str | os.PathLike[str]) -> DriveConfig:
+        """``PATH[,ro][,snapshot][,format=raw|qcow2]``. Raises ConfigError."""
+        rest = os.fspath(text)
+        options: set[str] = set()
+        # From the end, so that a path may hold commas.
+        while (tail := rest.rpartition(","))[1] and (tail[2] in ("ro", "snapshot") or tail[2].startswith("format=")):
+            rest = tail[0]
+            options.add(tail[2])
+        formats = [option.removeprefix("format=") for option in options if option.startswith("format=")]
+        if len(formats) > 1 or (formats and formats[0] not in DISK_FORMATS):
+            raise ConfigError(f"the drive {rest} is of one format: {' or '.join(DISK_FORMATS)}")
+        if {"ro", "snapshot"} <= options:
+            raise ConfigError(f"the drive {rest} is either ro or snapshot: a snapshot is there to be written to")
+        if not rest:
+            raise ConfigError("a drive needs a path")
+        return cls(Path(rest), "ro" in options, "snapshot" in options, formats[0] if formats else None)
+
+
+#: What a caller may name a drive with.
+DriveLike = str | os.PathLike[str] | DriveConfig
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmConfig:
-    """One virtual machine, resolved. ``memory`` is in bytes."""
+    """One virtual machine, resolved. ``memory`` is in bytes; ``ports`` are names of virtio console ports."""
 
     kernel: Path
     initrd: Path | None = None
@@ -52,6 +94,8 @@ class VmConfig:
     engine: str = "auto"
     reboot: bool = True
     faults: Faults | None = None
+    drives: tuple[DriveConfig, ...] = ()
+    ports: tuple[str, ...] = ()
 
     @classmethod
     def resolve(
@@ -66,6 +110,8 @@ class VmConfig:
         engine: str = "auto",
         reboot: bool = True,
         faults: str | Faults | None = None,
+        drives: Sequence[DriveLike] = (),
+        ports: Sequence[str] = (),
     ) -> VmConfig:
         """Check everything that can be checked without opening a file. Raises ConfigError.
 
@@ -88,6 +134,10 @@ class VmConfig:
             raise ConfigError("the kernel command line must be plain ASCII")
         if len(line) > CMDLINE_MAX:
             raise ConfigError(f"the kernel command line has {len(line)} characters; arm64 Linux reads {CMDLINE_MAX}")
+        if len(drives) > DRIVES_MAX:
+            raise ConfigError(f"a VM has at most {DRIVES_MAX} drives, not {len(drives)}")
+        if len(ports) > PORTS_MAX or len(set(ports)) < len(ports) or not all(map(_PORT.fullmatch, ports)):
+            raise ConfigError(f"console ports are up to {PORTS_MAX} different names of letters, digits, '.', '_', '-'")
         return cls(
             kernel=Path(kernel),
             initrd=None if initrd is None else Path(initrd),
@@ -97,4 +147,6 @@ class VmConfig:
             engine=engine,
             reboot=reboot,
             faults=Faults.parse(faults) if isinstance(faults, str) else faults,
+            drives=tuple(each if isinstance(each, DriveConfig) else DriveConfig.parse(each) for each in drives),
+            ports=tuple(ports),
         )

@@ -5,7 +5,7 @@
     AvmmError
     ├── HostError                 your call, your file, your OS; the text says what to do next
     │   ├── ConfigError           a bad argument or a bad combination of them
-    │   ├── ImageError            a kernel, initrd or firmware file we cannot load
+    │   ├── ImageError            a kernel, initrd, firmware or disk file we cannot use
     │   ├── EngineError           the hypervisor refused or failed a call
     │   ├── FetchError            a download or its checksum failed
     │   └── WaitTimeout           a wait's ``timeout=`` ran out (also a TimeoutError)
@@ -34,7 +34,7 @@ class ConfigError(HostError):
 
 
 class ImageError(HostError):
-    """A kernel, initrd or firmware image that cannot be loaded."""
+    """A kernel, initrd, firmware or disk image that cannot be used."""
 
 
 class EngineError(HostError):

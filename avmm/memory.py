@@ -33,6 +33,19 @@ class Region:
         return len(self.buffer)
 
 
+def split(views: list[memoryview], at: int) -> tuple[list[memoryview], list[memoryview]]:
+    """A list of buffers cut in two: the first ``at`` bytes, and the rest. Raises ValueError when there are fewer."""
+    for index, view in enumerate(views):
+        if at < len(view):
+            if not at:
+                return views[:index], views[index:]
+            return [*views[:index], view[:at]], [view[at:], *views[index + 1 :]]
+        at -= len(view)
+    if at:
+        raise ValueError(f"{at} bytes too few")
+    return views, []
+
+
 class GuestMemory:
     """The guest's RAM: one or more regions that do not overlap.
 

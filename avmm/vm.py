@@ -16,20 +16,26 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
 from avmm.aio import cancel, outlast
+from avmm.backends.drive import Drive, open_drive
+from avmm.backends.port import Port
 from avmm.backends.serial import SerialLine
 from avmm.board import Board
 from avmm.bootloader.image import Kernel, load_kernel, read_file
 from avmm.bootloader.loader import ENTROPY_SIZE, Entry, load_linux, place
 from avmm.bootloader.machine import RAM_BASE, RNG_SEED_SIZE, build_fdt
 from avmm.clock import Clock, DeadlineTimers
-from avmm.config import VmConfig
-from avmm.errors import AvmmError, ConfigError, GuestError, GuestGone, GuestPanic, HostError
+from avmm.config import DriveConfig, DriveLike, VmConfig
+from avmm.devices.virtio.blk import Blk
+from avmm.devices.virtio.console import Console as VirtioConsole
+from avmm.devices.virtio.rng import Rng
+from avmm.devices.virtio.transport import VirtioDevice
+from avmm.errors import AvmmError, ConfigError, GuestError, GuestGone, GuestPanic, HostError, ImageError
 from avmm.faults import Faults
 from avmm.guest.console import Console
 from avmm.guest.panic import PanicWatch
@@ -87,6 +93,11 @@ class VirtualMachine:
         self._lock = threading.RLock()
         self._clock = Clock()
         self._memory = GuestMemory()
+        #: The disks, in the order they were given, for their counters and faults; none before the VM is started.
+        self.drives: list[Drive] = []
+        #: The host's ends of the virtio console's ports, by name; one whose name begins with "hvc" is a terminal.
+        self.ports = {name: Port(name, name.startswith("hvc")) for name in config.ports}
+        self._virtio_console: VirtioConsole | None = None
         self._hypervisor: Hypervisor | None = None
         self._board: Board | None = None
         self._psci: Psci | None = None
@@ -124,6 +135,7 @@ class VirtualMachine:
         try:
             hypervisor = self._hypervisor = open_hypervisor(config.engine, config.faults)
             _check_capabilities(config, hypervisor)
+            self.drives = await asyncio.to_thread(_open_drives, config)
             region = Region(RAM_BASE, _allocate(config.memory))
             self._memory.add(region)
             hypervisor.map(region)
@@ -132,6 +144,7 @@ class VirtualMachine:
         except BaseException:
             timers.close()
             self._release()
+            await asyncio.to_thread(self._close_drives)
             raise
         self._mark("engine ready")
         self.state = "running"
@@ -158,11 +171,15 @@ class VirtualMachine:
         self._expect_state("running")
         self.state = "paused"
         await asyncio.gather(*(vcpu.pause() for vcpu in self._vcpus))
+        if self._board is not None:
+            await self._board.pause()
 
     async def resume(self) -> None:
         """Go on after :meth:`pause`."""
         self._expect_state("paused")
         self.state = "running"
+        if self._board is not None:
+            self._board.resume()
         for vcpu in self._vcpus:
             vcpu.resume()
 
@@ -180,6 +197,13 @@ class VirtualMachine:
         """While held, the guest's UART says that it cannot send: for a host that is slower than the guest."""
         if self._board is not None:
             self._board.uart.tx_blocked = hold
+
+    def resize(self, port: str, columns: int, rows: int) -> None:
+        """Tell the guest the size of the terminal at its virtio console port of this name."""
+        if port not in self.ports:
+            raise ConfigError(f"the VM has no port {port!r}; it has {', '.join(self.ports) or 'none'}")
+        if self._virtio_console is not None:
+            self._virtio_console.resize(list(self.ports).index(port), columns, rows)
 
     def counters(self) -> dict[str, Any]:
         """Plain numbers: ``exits`` by kind over all vCPUs, injected ``faults``, ``vcpus``: a dictionary each."""
@@ -224,7 +248,9 @@ class VirtualMachine:
         """A board and vCPUs fresh from reset, and the images in memory."""
         assert self._hypervisor is not None
         cpus = self.config.cpus
-        board = self._board = Board(self._lock, cpus, self._line)
+        if self._board is not None:
+            self._board.close()
+        board = self._board = Board(self._lock, cpus, self._line, self._memory, self._virtio())
         self._psci = Psci(self._is_ram)
         for kind in ExitKind:
             self._past_exits[kind] += sum(vcpu.counters.exits[kind] for vcpu in self._vcpus)
@@ -254,6 +280,16 @@ class VirtualMachine:
             entropy=os.urandom(ENTROPY_SIZE),
         )
 
+    def _virtio(self) -> list[VirtioDevice]:
+        devices: list[VirtioDevice] = [Blk(drive, drive.name) for drive in self.drives]
+        devices.append(Rng(os.urandom))
+        if self.ports:
+            for port in self.ports.values():
+                port.guest_opened(False)
+            self._virtio_console = VirtioConsole(list(self.ports.values()))
+            devices.append(self._virtio_console)
+        return devices
+
     async def _supervise(self, kernel: Kernel, initrd: bytes | None, timers: DeadlineTimers, entry: Entry) -> None:
         outcome = Outcome("stopped")
         monitoring = None if self._monitor is None else asyncio.create_task(self._monitor.run())
@@ -273,6 +309,12 @@ class VirtualMachine:
             self._outcome = outcome
             timers.close()
             self._release()
+            try:
+                await asyncio.to_thread(self._close_drives)
+            except HostError as error:
+                outcome = self._outcome = Outcome("fault", error)
+            for port in self.ports.values():
+                port.close()
             self.console.transcript.close(_why_gone(outcome))
             if monitoring is not None:
                 await cancel(monitoring)
@@ -310,6 +352,8 @@ class VirtualMachine:
 
     def _release(self) -> None:
         """Give everything back that a VM holds outside Python."""
+        if self._board is not None:
+            self._board.close()
         self._memory.on_host_write = lambda gpa, length: None
         hypervisor, self._hypervisor = self._hypervisor, None
         if hypervisor is not None:
@@ -318,6 +362,17 @@ class VirtualMachine:
         self._memory.close()
         if self._trace is not None:
             self._trace.close()
+
+    def _close_drives(self) -> None:
+        """Store what the guest wrote. Raises ImageError when the host could not, after closing them all."""
+        failed = None
+        for drive in self.drives:
+            try:
+                drive.close()
+            except OSError as error:
+                failed = ImageError(f"{drive.name}: the guest's last writes are lost: {error.strerror}")
+        if failed is not None:
+            raise failed
 
     # Small things.
 
@@ -373,6 +428,8 @@ def boot(
     cmdline: str | None = None,
     engine: str = "auto",
     reboot: bool = True,
+    drives: Sequence[DriveLike] = (),
+    ports: Sequence[str] = (),
     keep_output: int | None = None,
     monitor: bool = False,
     trace: str | os.PathLike[str] | None = None,
@@ -382,6 +439,8 @@ def boot(
 
     Also ``vm = await avmm.boot(...)``, which you end yourself with ``await vm.stop()``. ``append`` is added to the
     default kernel command line, ``cmdline`` replaces it; ``reboot=False`` ends the VM when the guest resets;
+    ``drives`` are disks: paths with options as for ``--drive``, or DriveConfig; they are ``vm.drives`` then.
+    ``ports`` names ports of a virtio console, ``vm.ports`` then: a terminal (``hvc0``) or any other name, a channel.
     ``keep_output`` bounds how many bytes of console output are remembered; ``monitor`` lets ``avmm top`` see the VM;
     ``trace`` names a file for a timeline that Perfetto opens; ``faults`` makes softhv misbehave (:mod:`avmm.faults`).
     Raises ConfigError at once, ImageError and EngineError when it starts.
@@ -396,6 +455,8 @@ def boot(
         engine=engine,
         reboot=reboot,
         faults=faults,
+        drives=drives,
+        ports=ports,
     )
     return Booting(config, keep_output=keep_output, monitor=monitor, trace=trace)
 
@@ -404,6 +465,7 @@ def describe(config: VmConfig) -> dict[str, Any]:
     """The configuration as it would run, images checked, as plain data. Raises ImageError or EngineError."""
     kernel, initrd = _read_images(config)
     hypervisor = open_hypervisor(config.engine, config.faults)
+    drives = [_describe_drive(drive) for drive in config.drives]
     try:
         _check_capabilities(config, hypervisor)
         engine = hypervisor.capabilities.name
@@ -423,7 +485,39 @@ def describe(config: VmConfig) -> dict[str, Any]:
         "engine": engine,
         "reboot": config.reboot,
         "faults": None if config.faults is None else asdict(config.faults),
+        "drives": drives,
+        "ports": list(config.ports),
     }
+
+
+def _describe_drive(config: DriveConfig) -> dict[str, Any]:
+    drive = _open_drive(config, "drive")
+    try:
+        return {
+            "path": os.fspath(config.path),
+            "format": config.format or ("qcow2" if config.path.suffix == ".qcow2" else "raw"),
+            "bytes": drive.size,
+            "read_only": config.read_only,
+            "snapshot": config.snapshot,
+        }
+    finally:
+        drive.close()
+
+
+def _open_drive(config: DriveConfig, name: str) -> Drive:
+    return open_drive(config.path, config.format, name, read_only=config.read_only, snapshot=config.snapshot)
+
+
+def _open_drives(config: VmConfig) -> list[Drive]:
+    drives: list[Drive] = []
+    try:
+        for index, each in enumerate(config.drives):
+            drives.append(_open_drive(each, f"drive{index}"))
+    except BaseException:
+        for drive in drives:
+            drive.close()
+        raise
+    return drives
 
 
 def device_tree(config: VmConfig) -> bytes:
@@ -436,10 +530,16 @@ def device_tree(config: VmConfig) -> bytes:
         cpus=[sysregs.mpidr(index) for index in range(config.cpus)],
         bootargs=config.cmdline,
         initrd=(layout.initrd, layout.initrd_end) if initrd else None,
-        devices=Board(threading.RLock(), config.cpus, _Unconnected()).nodes(),
+        devices=_described_board(config).nodes(),
         rng_seed=entropy[:RNG_SEED_SIZE],
         kaslr_seed=entropy[RNG_SEED_SIZE:],
     )
+
+
+def _described_board(config: VmConfig) -> Board:
+    """A board to be described only: its devices show what slots they are in, and nothing else is asked of them."""
+    slots = [VirtioDevice() for _ in (*config.drives, "rng", *(("console",) if config.ports else ()))]
+    return Board(threading.RLock(), config.cpus, _Unconnected(), GuestMemory(), slots)
 
 
 class _Unconnected:

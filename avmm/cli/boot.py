@@ -25,6 +25,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     p.add_argument("-c", "--cpus", metavar="N", type=int, default=1, help="number of vCPUs (default 1)")
     p.add_argument("--engine", default="auto", help="auto, framework, softhv or softhv,interpreter (default auto)")
     p.add_argument("--fault", metavar="SPEC", help="make softhv misbehave, as in unknown=0.1,late-kick=200us")
+    p.add_argument(
+        "-d", "--drive", metavar="PATH[,ro][,snapshot][,format=raw|qcow2]", action="append", default=[], dest="drives",
+        help="a disk, /dev/vda and on; ro: read only, snapshot: forget what is written (repeat for more)",
+    )  # fmt: skip
     p.add_argument("--timeout", metavar="SECONDS", type=_seconds, help="end with exit code 124 after this long")
     p.add_argument("--no-reboot", action="store_true", help="exit when the guest resets instead of rebooting it")
     p.add_argument("--dump-dtb", metavar="FILE", help="write the device tree to FILE and exit")
@@ -59,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         engine=args.engine,
         reboot=not args.no_reboot,
         faults=args.fault,
+        drives=args.drives,
     )
     if args.dry_run:
         import json

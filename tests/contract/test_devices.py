@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,11 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from avmm.backends.port import Port
 from avmm.bus import Device
 from avmm.devices.gicv3 import GICD_SIZE, Gicv3
 from avmm.devices.gicv3.cpu_interface import CpuInterfaces
 from avmm.devices.pl011 import PL011_SIZE, Pl011
 from avmm.devices.pl031 import PL031_SIZE, Pl031
+from avmm.devices.virtio.blk import Blk
+from avmm.devices.virtio.console import Console
+from avmm.devices.virtio.rng import Rng
+from avmm.devices.virtio.transport import VIRTIO_MMIO_SIZE, VirtioDevice, VirtioMmio
+from avmm.memory import GuestMemory, Region
 
 SIZES = (1, 2, 4, 8)
 
@@ -120,7 +127,57 @@ def pl031() -> Subject:
     return Subject(rtc, PL031_SIZE, [line], rtc)
 
 
-SUBJECTS = [distributor, redistributors, system_registers, pl011, pl031]
+def _virtio(device: VirtioDevice) -> Subject:
+    """Behind a transport, with RAM where small numbers point, so that queues can be made ready."""
+    line = Line()
+    memory = GuestMemory()
+    memory.add(Region(0, mmap.mmap(-1, 1 << 17)))
+    transport = VirtioMmio(threading.RLock(), line, memory, device)
+    # As far as a driver gets before it sets up its queues, so that what follows at random finds something to do.
+    for offset, value in ((0x70, 1), (0x70, 3), (0x24, 1), (0x20, 1), (0x70, 0xB)):
+        transport.write(offset, 4, value)
+    return Subject(transport, VIRTIO_MMIO_SIZE, [line], transport)
+
+
+class Medium:
+    """A disk's backend that no register ever reaches."""
+
+    size = 1 << 20
+    read_only = False
+
+    def read_now(self, offset: int, views: list[memoryview]) -> bool:
+        raise AssertionError
+
+    async def readv(self, offset: int, views: list[memoryview]) -> None:
+        raise AssertionError
+
+    async def writev(self, offset: int, views: list[memoryview]) -> None:
+        raise AssertionError
+
+    async def flush(self) -> None:
+        raise AssertionError
+
+    async def discard(self, offset: int, length: int) -> None:
+        raise AssertionError
+
+    async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        raise AssertionError
+
+
+def rng() -> Subject:
+    return _virtio(Rng(bytes))
+
+
+def blk() -> Subject:
+    return _virtio(Blk(Medium(), "disk"))
+
+
+def console() -> Subject:
+    return _virtio(Console([Port("hvc0", True), Port("agent", False)]))
+
+
+VIRTIO = [rng, blk, console]
+SUBJECTS = [distributor, redistributors, system_registers, pl011, pl031, *VIRTIO]
 Make = Callable[[], Subject]
 
 # Registers lie at the beginning and the end of a window and of its 64 KiB frames; elsewhere there is not much to find.
@@ -181,7 +238,7 @@ def test_restore_brings_back_what_was_saved(
     assert [line.level for line in twin.lines] == [line.level for line in subject.lines]
 
 
-@pytest.mark.parametrize("make", [pl011, pl031])
+@pytest.mark.parametrize("make", [pl011, pl031, *VIRTIO])
 @given(before=ACCESSES, after=ACCESSES)
 @settings(max_examples=50)
 def test_restore_makes_no_edge(

@@ -15,6 +15,7 @@ ROOT = Path(avmm.__file__).parent
 BELOW = {
     "errors": set(),
     "aio": set(),
+    "log": set(),
     "fdt": set(),
     "memory": {"errors"},
     "bus": {"errors"},
@@ -24,8 +25,8 @@ BELOW = {
     "config": {"errors", "faults"},
     "hypervisor": {"errors", "faults", "memory"},
     "vcpu": {"errors", "bus", "clock", "hypervisor", "irq", "aio"},
-    "devices": {"errors", "fdt", "irq", "memory", "bus"},
-    "backends": {"errors"},
+    "devices": {"errors", "fdt", "irq", "memory", "bus", "aio", "log"},
+    "backends": {"errors", "memory", "aio"},
     "guest": {"errors"},
     "bootloader": {"errors", "fdt", "memory"},
 }

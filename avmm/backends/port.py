@@ -1,0 +1,101 @@
+"""The host's end of a virtio console port: a stream both ways, bounded towards us, never losing a byte.
+
+::
+
+    port = vm.ports["agent"]
+    await port.wait_open()                      # a program of the guest has opened it
+    port.write(b"hello\\n"); await port.drain()
+    line = await port.read(4096)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+#: Bytes of the guest's output that wait for the host, at most; then the guest waits.
+_HELD: Final = 1 << 20
+
+
+class Port:
+    """Made and used on one event loop. ``terminal``: a console for the guest (``hvcN``), else a plain channel."""
+
+    def __init__(self, name: str, terminal: bool) -> None:
+        self.name = name
+        self.terminal = terminal
+        self._typed = bytearray()
+        self._typed_some = asyncio.Event()
+        self._taken = asyncio.Event()
+        self._taken.set()
+        self._said = bytearray()
+        self._said_some = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._opened = asyncio.Event()
+        self._closed = False
+
+    # The host's side.
+
+    def write(self, data: bytes) -> None:
+        """Queue ``data`` for the guest, which gets it once it has opened the port."""
+        if data:
+            self._typed += data
+            self._taken.clear()
+            self._typed_some.set()
+
+    async def drain(self) -> None:
+        """Return when the guest has been given everything queued, or is gone."""
+        await self._taken.wait()
+
+    async def read(self, limit: int) -> bytes:
+        """What the guest has written: 1..``limit`` bytes, waiting for the first; ``b""`` when the guest is gone."""
+        while not self._said and not self._closed:
+            self._said_some.clear()
+            await self._said_some.wait()
+        data = bytes(self._said[:limit])
+        del self._said[:limit]
+        if len(self._said) < _HELD:
+            self._room.set()
+        return data
+
+    async def wait_open(self) -> None:
+        """Return when the guest has the port open, or is gone."""
+        await self._opened.wait()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a program of the guest has the port open."""
+        return self._opened.is_set() and not self._closed
+
+    def close(self) -> None:
+        """The guest is gone: let nobody wait any more."""
+        self._closed = True
+        for event in (self._said_some, self._taken, self._room, self._opened):
+            event.set()
+
+    # The device's side (avmm.devices.virtio.console.PortBackend).
+
+    async def input(self, limit: int) -> bytes:
+        """Bytes for the guest, waiting for the first."""
+        while not self._typed:
+            self._typed_some.clear()
+            self._taken.set()
+            await self._typed_some.wait()
+        data = bytes(self._typed[:limit])
+        del self._typed[:limit]
+        return data
+
+    async def output(self, data: bytes) -> None:
+        """Bytes from the guest."""
+        while len(self._said) >= _HELD:
+            self._room.clear()
+            await self._room.wait()
+        self._said += data
+        self._said_some.set()
+
+    def guest_opened(self, opened: bool) -> None:
+        """The guest has opened or closed the port."""
+        if opened:
+            self._opened.set()
+        else:
+            self._opened.clear()

@@ -1,0 +1,1 @@
+"""For tests of what is built on avmm, and of avmm itself."""
