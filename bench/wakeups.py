@@ -120,7 +120,8 @@ async def post_from_thread(mailbox: Mailbox, number: int) -> list[int]:
         for pause in pauses(number):
             time.sleep(pause)
             mailbox.post()
-            mailbox.answered.acquire()
+            if not mailbox.answered.acquire(timeout=5):
+                raise TimeoutError("the guest does not answer its interrupt")
 
     mailbox.taken = []
     mailbox.on_answer = mailbox.answered.release

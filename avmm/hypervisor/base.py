@@ -46,6 +46,7 @@ class Frame(Protocol):
     irq: int
     finish: int
     unmask_vtimer: int
+    mask_vtimer: int
     result: int
     vtimer_masked: int
     kind: int

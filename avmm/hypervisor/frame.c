@@ -49,6 +49,11 @@ static void deliver(hv_vcpu_t vcpu, avmm_frame_t *frame) {
     if (frame->finish != AVMM_FINISH_NONE)
         advance(vcpu, frame);
     frame->finish = AVMM_FINISH_NONE;
+    if (frame->mask_vtimer) {
+        hv_vcpu_set_vtimer_mask(vcpu, true);
+        frame->vtimer_masked = 1;
+        frame->mask_vtimer = 0;
+    }
     if (frame->unmask_vtimer) {
         hv_vcpu_set_vtimer_mask(vcpu, false);
         frame->vtimer_masked = 0;

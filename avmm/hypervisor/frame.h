@@ -31,6 +31,7 @@ typedef struct {
     uint8_t irq;           /* level of the IRQ input; kept until changed */
     uint8_t finish;        /* AVMM_FINISH_*; back to NONE once done */
     uint8_t unmask_vtimer; /* clear the virtual timer's mask first; back to 0 once done */
+    uint8_t mask_vtimer;   /* set it first: its interrupt is up without an exit; back to 0 once done */
     uint8_t vtimer_masked; /* from the vCPU: the mask as of this exit, kept up to date here */
     uint8_t size;          /* bytes moved by an MMIO access: 1, 2, 4, 8 */
     uint8_t sign_extend;   /* an MMIO read is to be sign extended ... */

@@ -141,6 +141,7 @@ class VcpuLoop:
         self._vtimer_masked = False  # by VTIMER_ACTIVATED, until we unmask it
         self._vtimer_high = False  # what we drive PPI 27 with
         self._overdue: int | None = None  # the CVAL that a WFI found expired
+        self._due: int | None = None  # when the timer fires that the guest sleeps for
         self._thread: VcpuThread | None = None
         self._job: asyncio.Future[Event] | None = None
         self._resumed = asyncio.Event()
@@ -272,6 +273,7 @@ class VcpuLoop:
 
     def _restore(self, vcpu: Vcpu, state: VcpuState) -> None:
         apply(vcpu, state, self._clock.offset)
+        self._due = None
         with self._lock:
             # As the timer's output is now, which the snapshot's interrupt controller need not have known.
             self._vtimer_high = self._clock.deadline(state.cntv_ctl, state.cntv_cval) == EXPIRED
@@ -296,7 +298,7 @@ class VcpuLoop:
         try:
             with lock:
                 self._begin(vcpu)
-                parking.stats.entering()
+                self._slept(vcpu)
             while True:
                 event: Event | None = None
                 with lock:
@@ -326,7 +328,8 @@ class VcpuLoop:
                 if event is not None:
                     if event is not Event.PARK or not parking.linger():
                         return event
-                    parking.stats.entering()
+                    with lock:
+                        self._slept(vcpu)
                     kind = _CANCELED
                     continue
                 kind = run()
@@ -348,6 +351,7 @@ class VcpuLoop:
         vcpu.set_reg(Reg.CPSR, _PSTATE_AT_START)
         vcpu.set_sysreg(sysregs.SCTLR_EL1, self._sctlr_at_reset)
         vcpu.set_sysreg(sysregs.CNTV_CTL_EL0, 0)
+        self._due = None
         if self._vtimer_masked:
             self._lower_vtimer(vcpu)
 
@@ -361,6 +365,20 @@ class VcpuLoop:
         elif not self._vtimer_high:
             self._vtimer_high = True
             self._vtimer_line.set(True)
+
+    def _raise_vtimer(self, vcpu: Vcpu) -> None:
+        """What VTIMER_ACTIVATED would make us do, of a timer that is due, without entering the guest for it."""
+        frame = vcpu.frame
+        frame.mask_vtimer = frame.vtimer_masked = 1
+        frame.vtimer_ctl = _VTIMER_HIGH
+        self._on_vtimer(vcpu)
+
+    def _slept(self, vcpu: Vcpu) -> None:
+        """After a sleep: if it was the timer's, its interrupt goes in with the guest. The lock is held."""
+        self.parking.stats.entering()
+        due, self._due = self._due, None
+        if due is not None and self._clock.now_ns() >= due and not self._vtimer_masked:
+            self._raise_vtimer(vcpu)
 
     def _lower_vtimer(self, vcpu: Vcpu) -> None:
         self._vtimer_masked = False
@@ -388,12 +406,12 @@ class VcpuLoop:
         deadline = None if self._vtimer_masked else self._clock.deadline(ctl, cval)
         if deadline == EXPIRED:
             if cval == self._overdue:
-                vcpu.frame.vtimer_ctl, vcpu.frame.vtimer_masked = ctl, 1
-                self._on_vtimer(vcpu)
+                self._raise_vtimer(vcpu)
                 deadline = None
             self._overdue = cval
         else:
             self._overdue = None
+            self._due = deadline
         if until is not None:
             limit = self._clock.when(until)
             deadline = limit if deadline is None else min(deadline, limit)

@@ -68,6 +68,9 @@ LINGER_NS: Final = 1_000_000_000
 _EARLY_STEP_NS: Final = 1_000
 _EARLY_MAX_NS: Final = 100_000
 
+#: What is left of such a wait, in nanoseconds, is too little to give the interpreter away and get it back.
+_HOLD_NS: Final = 20_000
+
 #: How often, in seconds, a vCPU that was called out of the guest is called again until it comes: kicks get lost.
 REKICK: Final = 0.01
 
@@ -165,7 +168,8 @@ class Parking:
         step = _EARLY_STEP_NS if now > until else -_EARLY_STEP_NS
         self._early_ns = min(max(self._early_ns + step, 0), _EARLY_MAX_NS)
         while now < until and self.lingering:
-            time.sleep(0)  # gives the interpreter away
+            if until - now > _HOLD_NS:
+                time.sleep(0)
             now = time.monotonic_ns()
 
     def give_up(self, expired: bool) -> None:

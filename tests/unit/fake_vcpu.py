@@ -26,6 +26,7 @@ class FakeFrame:
     irq: int = 0
     finish: int = 0
     unmask_vtimer: int = 0
+    mask_vtimer: int = 0
     result: int = 0
     vtimer_masked: int = 0
     kind: int = 0
@@ -98,6 +99,9 @@ class FakeVcpu:
         frame = self._frame
         self.finished.append(frame.finish)
         frame.finish = Finish.NONE
+        if frame.mask_vtimer:
+            frame.mask_vtimer = 0
+            frame.vtimer_masked = 1
         if frame.unmask_vtimer:
             frame.unmask_vtimer = 0
             frame.vtimer_masked = 0

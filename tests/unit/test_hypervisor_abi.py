@@ -145,6 +145,7 @@ SYSREGS = {
 def test_every_register_we_touch_is_the_framework_s() -> None:
     ours = {name: value for name, value in vars(sysregs).items() if name.endswith(("_EL0", "_EL1")) and name[0] != "_"}
     ours |= sysregs.SAVED
+    del ours["CNTFRQ_EL0"]  # asked for where an engine has it
     assert {name: hex(value) for name, value in ours.items()} == {name: hex(SYSREGS[name]) for name in ours}
 
 

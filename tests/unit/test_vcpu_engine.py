@@ -38,7 +38,7 @@ async def test_one_park_a_tick() -> None:
     async with avmm.boot(IMAGES / "timer_wfi.bin", memory="64M", append="n=50") as vm:
         await asyncio.wait_for(vm.wait(), 60)
         counters = vm.counters()["vcpus"][0]
-        assert 0 < counters["parks"] <= counters["exit_vtimer"]
+        assert 0 < counters["parks"] <= 2 * 50
         assert counters["wake_timer"] == counters["parks"]
 
 

@@ -156,9 +156,10 @@ static bool sleep_inside(struct vcpu *c) {
         deliver_late_kick(c);
         uint64_t until = atomic_load(&c->late_kick), now = host_ns();
         if ((c->sys.cntv_ctl & 3) == 1 && !c->vtimer_masked) {
-            if (vtimer_due(c))
+            uint64_t counter = guest_counter(c); /* read once: it may pass CVAL any moment */
+            if (counter >= c->sys.cntv_cval)
                 break;
-            uint64_t timer = now + ticks_to_ns(c, c->sys.cntv_cval - guest_counter(c)) + 1;
+            uint64_t timer = now + ticks_to_ns(c, c->sys.cntv_cval - counter) + 1;
             until = until && until < timer ? until : timer;
         }
         if (until) {
