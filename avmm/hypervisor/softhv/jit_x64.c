@@ -199,11 +199,46 @@ static void leave_far(struct emit *e, int32_t target, uint8_t *stop[2]) {
     jump_to(e, e->jit->lookup_far);
 }
 
+/* Round a loop guest registers stay where they are, as far as the header agrees; what it takes for clean is stored. */
+static void leave_to_header(struct emit *e, const struct uop *u) {
+    need_flags(e);
+    count(e, u);
+    uint8_t *stop = jcc(e, LE);
+    op_rm(e, 0, 0xf6, 0, CPU, AT(poll));
+    byte(e, POLL_NOW);
+    uint8_t *asked = jcc(e, NE);
+    for (unsigned i = 0; i < POOL; i++) {
+        unsigned h = pool[i];
+        bool kept = e->back.guest[h] == e->regs.guest[h] && e->back.dirty >> h & 1;
+        if (e->regs.dirty >> h & 1 && !kept)
+            store(e, 1, h, CPU, X_AT(e->regs.guest[h]));
+    }
+    for (unsigned i = 0; i < POOL; i++) {
+        unsigned h = pool[i];
+        if (e->back.guest[h] != NO_GUEST && e->back.guest[h] != e->regs.guest[h])
+            load(e, 1, h, CPU, X_AT(e->back.guest[h]));
+    }
+    jump_to(e, e->header);
+    here(e, stop);
+    here(e, asked);
+    spill(e, &e->regs);
+    lea(e, 1, RAX, PAGE, e->page_offset);
+    jump_to(e, e->jit->lookup);
+}
+
 /*
  * Within the page the way out is a jump, pointed at its target when that is compiled: both are code of the same
  * physical page, are dropped together, and PAGE stays right. Backwards, it looks at the budget and requests.
  */
 void leave_to(struct emit *e, const struct uop *u, int32_t target) {
+    if (target == e->page_offset) {
+        if (e->header) {
+            leave_to_header(e, u);
+            return;
+        }
+        e->loops = true;
+        e->back = e->regs;
+    }
     spill(e, &e->regs);
     need_flags(e);
     count(e, u);
@@ -311,35 +346,33 @@ static void emit_outlined(struct emit *e, const struct outlined *o) {
 
 /* ---- Blocks -------------------------------------------------------------------------------------------------------------- */
 
-const void *jit_compile(struct vcpu *c, const struct block *block) {
-    struct jit *jit = c->vm->jit;
-    if (jit_full(c->vm))
-        return NULL;
-    uint64_t start = host_ns();
-    const struct block *trace = code_trace(c->vm, block);
-    if (!trace)
-        return NULL;
-    struct emit *e = &(struct emit){.jit = jit, .jit_vm = c->vm, .block = trace};
-    jit->used = (jit->used + 15) & ~(size_t)15;
-    uint8_t *code = e->p = jit->write + jit->used;
-    e->page_offset = (int32_t)(trace->pa & (PAGE_SIZE - 1));
-    no_regs(&e->regs);
-    e->regs.flags = FLAGS_IN_REG;
-
-    bool live_after[TRACE_MAX], live = true;
-    for (uint32_t i = trace->count; i-- > 0;) {
-        const struct emitter *by = e->by[i] = emitter_of[trace->uops[i].row];
+static void find_live_flags(struct emit *e) {
+    bool live = true;
+    for (uint32_t i = e->block->count; i-- > 0;) {
+        const struct emitter *by = e->by[i] = emitter_of[e->block->uops[i].row];
         uint32_t effects = by ? by->effects : USES | TRAPS;
-        live_after[i] = live;
+        e->live_after[i] = live;
         if (effects & SETS)
             live = false;
         if (effects & (USES | TRAPS))
             live = true;
     }
-    for (uint32_t i = 0; i < trace->count; i++) {
-        const struct uop *u = &trace->uops[i];
+}
+
+static void emit_trace(struct emit *e, uint8_t *code) {
+    e->p = code;
+    e->regs = e->back;
+    e->regs.flags = FLAGS_IN_REG;
+    e->host_flags = e->fp_checked = e->ended = false;
+    e->outlined_count = e->skip = 0;
+    for (unsigned i = 0; i < POOL; i++)
+        if (e->regs.guest[pool[i]] != NO_GUEST)
+            load(e, 1, pool[i], CPU, X_AT(e->regs.guest[pool[i]]));
+    e->header = e->loops ? e->p : NULL;
+    for (uint32_t i = 0; i < e->block->count; i++) {
+        const struct uop *u = &e->block->uops[i];
         e->now++;
-        e->flags_live = live_after[i];
+        e->flags_live = e->live_after[i];
         if (e->skip) {
             e->skip--;
         } else if (e->by[i]) {
@@ -352,11 +385,30 @@ const void *jit_compile(struct vcpu *c, const struct block *block) {
             call_op(e, u, a64_rows[u->row].ends_block);
         }
     }
-    const struct uop *last = &trace->uops[trace->count - 1];
+    const struct uop *last = &e->block->uops[e->block->count - 1];
     if (!e->ended)
         leave_to(e, last, page_offset(e, last) + 4);
     for (unsigned i = 0; i < e->outlined_count; i++)
         emit_outlined(e, &e->outlined[i]);
+}
+
+const void *jit_compile(struct vcpu *c, const struct block *block) {
+    struct jit *jit = c->vm->jit;
+    if (jit_full(c->vm))
+        return NULL;
+    uint64_t start = host_ns();
+    const struct block *trace = code_trace(c->vm, block);
+    if (!trace)
+        return NULL;
+    jit->used = (jit->used + 15) & ~(size_t)15;
+    uint8_t *code = jit->write + jit->used;
+    struct emit *e = &(struct emit){.jit = jit, .jit_vm = c->vm, .block = trace};
+    e->page_offset = (int32_t)(trace->pa & (PAGE_SIZE - 1));
+    no_regs(&e->back);
+    find_live_flags(e);
+    emit_trace(e, code);
+    if (e->loops) /* once more, now that it is known what goes round */
+        emit_trace(e, code);
 
     jit->used = (size_t)(e->p - jit->write);
     c->counters.compiled++;

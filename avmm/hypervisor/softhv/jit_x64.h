@@ -87,9 +87,13 @@ struct emit {
     struct regs regs;
     uint32_t stamp[16], now; /* last use of host registers: the oldest is evicted, never one of this instruction */
     bool host_flags;         /* the host's flags are the guest's */
+    bool live_after[TRACE_MAX];
     bool flags_live;         /* does anyone want NZCV of the current instruction? */
     bool fp_checked;
     bool ended;
+    bool loops;             /* a way out leads to the block's own start, with these registers: */
+    struct regs back;
+    const uint8_t *header;  /* where they are expected, once known */
     uint32_t skip; /* following instructions this one did as well */
     const struct emitter *by[TRACE_MAX];
     struct outlined outlined[TRACE_MAX + 1];
