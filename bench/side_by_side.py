@@ -48,7 +48,8 @@ class Machine:
 
 
 def _avmm(kernel: Path, initrd: Path, memory: int, cpus: int, append: str) -> list[str]:
-    return [sys.executable, "-m", "avmm.cli", "boot", str(kernel), str(initrd), "-m", f"{memory}M", "-c", str(cpus), "-a", append]
+    command = [sys.executable, "-m", "avmm.cli", "boot", str(kernel), str(initrd)]
+    return [*command, "-m", f"{memory}M", "-c", str(cpus), "-a", append]
 
 
 def _qemu(kernel: Path, initrd: Path, memory: int, cpus: int, append: str) -> list[str]:
