@@ -21,7 +21,7 @@ from pathlib import Path
 from side_by_side import AVMM, QEMU, guest, headline, require_qemu, with_init
 
 _SCRIPT = """#!/bin/sh
-now() { read up rest </proc/uptime; echo ${up%.*}${up#*.}; }
+now() { read up rest </proc/uptime; echo $((${up%.*} * 100 + 1${up#*.} - 100)); }
 report() { echo "RESULT $1 $(( $(now) - $2 ))"; }
 size=SIZE
 t=$(now); dd if=/dev/vda of=/dev/null bs=1M count=$size iflag=direct 2>/dev/null; report read $t

@@ -40,9 +40,9 @@ _ID_SIZE: Final = 20
 _CONFIG: Final = struct.Struct("<QIIHBBIBBHIBxHIIIIIB3x")
 
 #: Bytes of one request, at most; and how many are read at once where the page cache has them: copying more takes longer
-#: than handing the work to a thread.
+#: than two wakes of a thread, and would hold up the event loop.
 REQUEST_MAX: Final = 64 << 20
-INLINE_MAX: Final = 128 << 10
+INLINE_MAX: Final = 1 << 20
 _ZERO_SECTORS_MAX: Final = 1 << 21  # a gigabyte in one segment
 _ZERO_SEGMENTS_MAX: Final = 16
 
