@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 
-async def outlast(task: asyncio.Future[None]) -> None:
+async def outlast(task: asyncio.Task[None]) -> None:
     """Await ``task`` to its end, however often we are cancelled meanwhile; then pass a cancellation on."""
     cancelled: asyncio.CancelledError | None = None
     while not task.done():

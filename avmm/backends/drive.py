@@ -11,18 +11,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import random
 import tempfile
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Final, Literal
 
-from avmm.aio import outlast
 from avmm.backends.disk import SECTOR, Disk, open_disk
 from avmm.backends.qcow2 import Qcow2
 from avmm.errors import ConfigError, ImageError
@@ -56,7 +56,7 @@ class Drive:
         self.size = disk.size
         self.read_only = disk.read_only
         self._disk: Disk = disk
-        self._pool = ThreadPoolExecutor(THREADS, f"avmm-{name}")
+        self._pool = _Threads(f"avmm-{name}")
         self._faults: list[_Fault] = []
         self._dead = False
         #: Bytes and requests since the start, by kind.
@@ -100,7 +100,7 @@ class Drive:
 
     def close(self) -> None:
         """Store and close. Blocks until the disk has done it; nothing may be in flight."""
-        self._pool.shutdown()
+        self._pool.close()
         self._disk.close()
 
     # Faults.
@@ -181,8 +181,7 @@ class Drive:
                 raise OSError(fault.error, "a fault that was asked for")
             if self._dead:
                 raise OSError(errno.EIO, "the disk has no power")
-            # To its end, even when cancelled: the thread is at work in guest memory.
-            await outlast(asyncio.get_running_loop().run_in_executor(self._pool, work))
+            await self._pool.run(work)
         except OSError:
             self.counters["errors"] += 1
             raise
@@ -220,6 +219,75 @@ def _sectors(sector: int, count: int | None, size: int) -> tuple[int, int]:
     if not 0 <= sector < last:
         raise ConfigError(f"no sectors {sector}..{last}: the disk has {size // SECTOR}")
     return sector, last
+
+
+@dataclass(slots=True)
+class _Job:
+    """A call on its way through a thread; ``left`` is what a caller waits for who has been cancelled meanwhile."""
+
+    work: Callable[[], None]
+    loop: asyncio.AbstractEventLoop
+    answer: asyncio.Future[None]
+    left: asyncio.Future[None] | None = None
+    done: bool = False
+
+    def finish(self, error: Exception | None) -> None:
+        self.done = True
+        if not self.answer.done():
+            if error is None:
+                self.answer.set_result(None)
+            else:
+                self.answer.set_exception(error)
+        if self.left is not None and not self.left.done():
+            self.left.set_result(None)
+
+
+class _Threads:
+    """Up to :data:`THREADS` threads. A round trip costs half an executor's, which is most of a small request."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._waiting = 0  # jobs that are queued or in work
+
+    async def run(self, work: Callable[[], None]) -> None:
+        """``work()`` on a thread. Cancelled, it returns no sooner than the thread, which is at work in guest memory."""
+        loop = asyncio.get_running_loop()
+        job = _Job(work, loop, loop.create_future())
+        self._waiting += 1
+        if self._waiting > len(self._threads) < THREADS:
+            thread = threading.Thread(target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self._jobs.put(job)
+        try:
+            await job.answer
+        except asyncio.CancelledError:
+            while not job.done:
+                job.left = loop.create_future()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await job.left
+            raise
+        finally:
+            self._waiting -= 1
+
+    def close(self) -> None:
+        """End the threads; nothing may be in work."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            error = None
+            try:
+                job.work()
+            except Exception as raised:
+                error = raised
+            job.loop.call_soon_threadsafe(job.finish, error)
+            job = error = None  # which hold views of guest memory
 
 
 class HeldWrites:

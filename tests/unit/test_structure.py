@@ -26,7 +26,7 @@ BELOW = {
     "hypervisor": {"errors", "faults", "memory"},
     "vcpu": {"errors", "bus", "clock", "hypervisor", "irq", "aio"},
     "devices": {"errors", "fdt", "irq", "memory", "bus", "aio", "log"},
-    "backends": {"errors", "memory", "aio"},
+    "backends": {"errors", "memory"},
     "guest": {"errors"},
     "bootloader": {"errors", "fdt", "memory"},
 }
