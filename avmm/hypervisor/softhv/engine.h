@@ -167,7 +167,7 @@ enum {
 
 #define BLOCK_DROPPED (~UINT64_C(0)) /* in a block's pa */
 
-/* Immutable once published, but for `cold` and `code`. Keyed by physical address: the same block serves every mapping. */
+/* Immutable once published, but for `cold` and `code`. Keyed by physical address: one serves every mapping. */
 struct block {
     uint64_t pa;
     uint32_t count;       /* instructions; it may be left before the end: uop.left */

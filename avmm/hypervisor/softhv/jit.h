@@ -31,7 +31,7 @@ void jit_enter(struct vcpu *c, const void *code);
 void jit_link(struct vcpu *c, const void *code);
 static inline void jit_unlink(struct vcpu *c) { c->jit_link = c->jit_far = NULL; }
 
-/* `block`, of guest code at `pa`, is out of date: whoever gets to its code comes back at once. No vCPU is in compiled code. */
+/* `block`, of guest code at `pa`, is out of date: who gets to its code comes back. No vCPU is in compiled code. */
 void jit_drop(struct vm *vm, struct block *block, uint64_t pa);
 
 void jit_flush(struct vm *vm); /* all code is dropped; no vCPU is in it */

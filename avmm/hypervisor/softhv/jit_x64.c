@@ -16,7 +16,8 @@ struct jit {
     const uint8_t *exec;
     size_t size, limit, used, stubs; /* bytes; the stubs at the start survive flushes */
     int32_t threshold;
-    const uint8_t *enter, *lookup, *lookup_far, *link, *dropped, *call, *call_flags; /* where to write them: point() takes distances */
+    /* As written, not as run: point() takes distances. */
+    const uint8_t *enter, *lookup, *lookup_far, *link, *dropped, *call, *call_flags;
 };
 
 static const struct emitter *emitter_of[ROWS_MAX];
@@ -26,7 +27,7 @@ static bool (*plain_of[ROWS_MAX])(struct vcpu *, const struct uop *);
 enum { FAR_GEN = 2, FAR_PAGE = 25, FAR_JUMP = 50 };
 #define NOT_LINKED (~UINT64_C(0))
 
-/* ---- Guest registers in host registers ------------------------------------------------------------------------------- */
+/* ---- Guest registers in host registers --------------------------------------------------------------------------- */
 
 static const uint8_t pool[] = {RBX, R12, R13, RSI, RDI, R8, R9, R10, R11};
 enum { POOL = sizeof pool, CALLER_SAVED = 1 << RSI | 1 << RDI | 1 << R8 | 1 << R9 | 1 << R10 | 1 << R11 };
@@ -107,7 +108,7 @@ static void spill(struct emit *e, const struct regs *regs) {
             store(e, 1, pool[i], CPU, X_AT(regs->guest[pool[i]]));
 }
 
-/* ---- NZCV ------------------------------------------------------------------------------------------------------------ */
+/* ---- NZCV -------------------------------------------------------------------------------------------------------- */
 
 /* nzcv = FLAGS, through EAX. The products of the raw bits meet nowhere in bits 31:28 (nor do their carries). */
 static void flags_to_memory(struct emit *e) {
@@ -158,7 +159,7 @@ unsigned condition(struct emit *e, unsigned arm) {
     return conditions[arm];
 }
 
-/* ---- Ways out of a block's straight line ------------------------------------------------------------------------------ */
+/* ---- Ways out of a block's straight line ------------------------------------------------------------------------- */
 
 static void jump_to(struct emit *e, const uint8_t *stub) { point(jmp(e), stub); }
 static void call_stub(struct emit *e, const uint8_t *stub) {
@@ -344,7 +345,7 @@ static void emit_outlined(struct emit *e, const struct outlined *o) {
     point(jmp(e), o->back);
 }
 
-/* ---- Blocks -------------------------------------------------------------------------------------------------------------- */
+/* ---- Blocks ------------------------------------------------------------------------------------------------------ */
 
 static void find_live_flags(struct emit *e) {
     bool live = true;
@@ -402,7 +403,13 @@ const void *jit_compile(struct vcpu *c, const struct block *block) {
         return NULL;
     jit->used = (jit->used + 15) & ~(size_t)15;
     uint8_t *code = jit->write + jit->used;
-    struct emit *e = &(struct emit){.jit = jit, .jit_vm = c->vm, .block = trace};
+    struct emit storage, *e = &storage; /* large, and most of it is not used: filled in as it is */
+    e->jit = jit;
+    e->jit_vm = c->vm;
+    e->block = trace;
+    e->now = 0;
+    memset(e->stamp, 0, sizeof e->stamp);
+    e->loops = false;
     e->page_offset = (int32_t)(trace->pa & (PAGE_SIZE - 1));
     no_regs(&e->back);
     find_live_flags(e);
@@ -464,7 +471,7 @@ void jit_flush(struct vm *vm) {
         jit_unlink(vm->turn);
 }
 
-/* ---- Stubs ---------------------------------------------------------------------------------------------------------------- */
+/* ---- Stubs ------------------------------------------------------------------------------------------------------- */
 
 static const uint8_t saved[] = {RBP, RBX, R12, R13, R14, R15};
 

@@ -35,7 +35,7 @@ enum { ROR = 1, SHL = 4, SHR, SAR = 7 };
 
 enum { RAW_N = 1 << 15, RAW_Z = 1 << 14, RAW_NOT_C = 1 << 8, RAW_V = 1 << 0 };
 
-/* ---- What an instruction's emitter may rely on, and must say ------------------------------------------------------- */
+/* ---- What an instruction's emitter may rely on, and must say ----------------------------------------------------- */
 
 enum {
     SETS = 1,  /* all of NZCV, and nothing else does */
@@ -54,7 +54,7 @@ struct emitter {
 };
 extern const struct emitter jit_x64_int[], jit_x64_mem[]; /* end with an empty one */
 
-/* ---- One compilation ----------------------------------------------------------------------------------------------- */
+/* ---- One compilation --------------------------------------------------------------------------------------------- */
 
 enum { FLAGS_IN_REG = 1, FLAGS_IN_MEM = 2 };
 
@@ -100,7 +100,7 @@ struct emit {
     unsigned outlined_count;
 };
 
-/* ---- The assembler --------------------------------------------------------------------------------------------------- */
+/* ---- The assembler ----------------------------------------------------------------------------------------------- */
 
 static inline void byte(struct emit *e, unsigned b) { *e->p++ = (uint8_t)b; }
 static inline void word32(struct emit *e, uint32_t v) { memcpy(e->p, &v, 4); e->p += 4; }
@@ -137,7 +137,8 @@ static inline void op_rm(struct emit *e, unsigned w, uint32_t op, unsigned reg, 
         word32(e, (uint32_t)disp);
 }
 /* reg, [base + index << scale] */
-static inline void op_rx(struct emit *e, unsigned w, uint32_t op, unsigned reg, unsigned base, unsigned index, unsigned scale) {
+static inline void op_rx(struct emit *e, unsigned w, uint32_t op, unsigned reg, unsigned base, unsigned index,
+                         unsigned scale) {
     opcode(e, w, op, reg, index, base);
     bool displaced = (base & 7) == RBP;
     byte(e, (displaced ? 0x40 : 0) | (reg & 7) << 3 | 4);
@@ -150,9 +151,15 @@ static inline void mov(struct emit *e, unsigned w, unsigned to, unsigned from) {
     if (to != from || !w) /* 32 bits wide it clears the upper half */
         op_rr(e, w, 0x8b, to, from);
 }
-static inline void load(struct emit *e, unsigned w, unsigned to, unsigned base, int32_t disp) { op_rm(e, w, 0x8b, to, base, disp); }
-static inline void store(struct emit *e, unsigned w, unsigned from, unsigned base, int32_t disp) { op_rm(e, w, 0x89, from, base, disp); }
-static inline void lea(struct emit *e, unsigned w, unsigned to, unsigned base, int32_t disp) { op_rm(e, w, 0x8d, to, base, disp); }
+static inline void load(struct emit *e, unsigned w, unsigned to, unsigned base, int32_t disp) {
+    op_rm(e, w, 0x8b, to, base, disp);
+}
+static inline void store(struct emit *e, unsigned w, unsigned from, unsigned base, int32_t disp) {
+    op_rm(e, w, 0x89, from, base, disp);
+}
+static inline void lea(struct emit *e, unsigned w, unsigned to, unsigned base, int32_t disp) {
+    op_rm(e, w, 0x8d, to, base, disp);
+}
 /* Any constant; leaves the flags alone. */
 static inline void mov_imm(struct emit *e, unsigned to, uint64_t value) {
     if (value <= UINT32_MAX) {
@@ -167,7 +174,9 @@ static inline void mov_imm(struct emit *e, unsigned to, uint64_t value) {
         word64(e, value);
     }
 }
-static inline void alu(struct emit *e, unsigned w, unsigned what, unsigned to, unsigned from) { op_rr(e, w, 8 * what + 3, to, from); }
+static inline void alu(struct emit *e, unsigned w, unsigned what, unsigned to, unsigned from) {
+    op_rr(e, w, 8 * what + 3, to, from);
+}
 static inline void alu_imm(struct emit *e, unsigned w, unsigned what, unsigned to, int32_t value) {
     bool small = value == (int8_t)value;
     op_rr(e, w, small ? 0x83 : 0x81, what, to);
@@ -221,7 +230,7 @@ static inline void point(uint8_t *field, const uint8_t *target) {
 }
 static inline void here(struct emit *e, uint8_t *field) { point(field, e->p); }
 
-/* ---- jit_x64.c --------------------------------------------------------------------------------------------------------- */
+/* ---- jit_x64.c --------------------------------------------------------------------------------------------------- */
 
 /* A guest register to read; to write, all of it; to do both. Writing XZR goes into RDX. */
 unsigned use(struct emit *e, unsigned guest);

@@ -12,8 +12,8 @@
 #undef A64_END
 
 /* What arg is made of. */
-enum { WIDE = 1 /* 64 bits */, FLAGGED = 2, INVERTED = 4 /* the second operand */, WHAT = 3 /* bits 5:3: ADD .. XOR */ };
-enum { KIND = 6 }; /* bits 8:6 */
+enum { WIDE = 1 /* 64 bits */, FLAGGED = 2, INVERTED = 4 /* the second operand */ };
+enum { WHAT = 3 /* bits 5:3: ADD .. XOR */, KIND = 6 /* bits 8:6 */ };
 enum { K_REG, K_LSL, K_LSR, K_ASR, K_ROR, K_EXT };
 
 static bool fits(uint64_t value) { return value == (uint64_t)(int64_t)(int32_t)value; }
@@ -181,7 +181,7 @@ static void emit_carry(struct emit *e, const struct uop *u, uint32_t arg) {
     mov(e, 1, d, RDX);
 }
 
-/* ---- Constants, addresses, bit fields ---------------------------------------------------------------------------------- */
+/* ---- Constants, addresses, bit fields ---------------------------------------------------------------------------- */
 
 /* With the MOVKs that follow: they build one constant. */
 static void emit_mov_imm(struct emit *e, const struct uop *u, uint32_t arg) {
@@ -319,7 +319,7 @@ static void emit_clz(struct emit *e, const struct uop *u, uint32_t arg) {
     mov(e, 1, def(e, u->rd), RAX);
 }
 
-/* ---- Multiplication, division ------------------------------------------------------------------------------------------- */
+/* ---- Multiplication, division ------------------------------------------------------------------------------------ */
 
 enum { LONG_UNSIGNED = 1 << 3, LONG_SIGNED = 2 << 3, SUBTRACTED = 1 << 5 };
 
@@ -387,7 +387,7 @@ static void emit_div(struct emit *e, const struct uop *u, uint32_t arg) {
     mov(e, 1, def(e, u->rd), RAX);
 }
 
-/* ---- Conditions ---------------------------------------------------------------------------------------------------------- */
+/* ---- Conditions -------------------------------------------------------------------------------------------------- */
 
 enum { SELECT, INCREMENT, INVERT, NEGATE };
 
@@ -469,7 +469,7 @@ static void emit_compare_if(struct emit *e, const struct uop *u, uint32_t arg) {
     e->host_flags = false;
 }
 
-/* ---- Branches ------------------------------------------------------------------------------------------------------------ */
+/* ---- Branches ---------------------------------------------------------------------------------------------------- */
 
 static void emit_b(struct emit *e, const struct uop *u, uint32_t arg) {
     if (arg) { /* BL */
@@ -521,7 +521,7 @@ static void emit_br(struct emit *e, const struct uop *u, uint32_t arg) {
     e->ended = true;
 }
 
-/* ---- System: what is only a read of vCPU state ------------------------------------------------------------------------------ */
+/* ---- System: what is only a read of vCPU state ------------------------------------------------------------------- */
 
 static void emit_nothing(struct emit *e, const struct uop *u, uint32_t arg) {}
 
@@ -539,22 +539,27 @@ static void read_if(struct emit *e, const struct uop *u, int32_t mode, int32_t v
     dirty(e, u->rd);
     comes_back(e, o);
 }
-static void emit_mrs_sp_el0(struct emit *e, const struct uop *u, uint32_t arg) { read_if(e, u, AT(spsel), AT(sys.sp_el0)); }
-static void emit_mrs_tpidr_el1(struct emit *e, const struct uop *u, uint32_t arg) { read_if(e, u, AT(el), AT(sys.tpidr_el1)); }
+static void emit_mrs_sp_el0(struct emit *e, const struct uop *u, uint32_t arg) {
+    read_if(e, u, AT(spsel), AT(sys.sp_el0));
+}
 
-/* ---- The table ---------------------------------------------------------------------------------------------------------------- */
+static void emit_mrs_tpidr_el1(struct emit *e, const struct uop *u, uint32_t arg) {
+    read_if(e, u, AT(el), AT(sys.tpidr_el1));
+}
+
+/* ---- The table --------------------------------------------------------------------------------------------------- */
 
 #define ARG(w, what, kind, more) ((w) | (what) << WHAT | (kind) << KIND | (more))
-#define WIDTHS(name, suffix, emitter, argument, effects)                                                                  \
+#define WIDTHS(name, suffix, emitter, argument, effects)                                                               \
     {p_##name##32##suffix, emitter, argument, effects}, {p_##name##64##suffix, emitter, (argument) | WIDE, effects}
-#define SHIFTED(name, what, more, effects)                                                                                \
-    WIDTHS(name, _reg, emit_binary, ARG(0, what, K_REG, more), effects),                                                  \
-    WIDTHS(name, _lsl, emit_binary, ARG(0, what, K_LSL, more), effects),                                                  \
-    WIDTHS(name, _lsr, emit_binary, ARG(0, what, K_LSR, more), effects),                                                  \
+#define SHIFTED(name, what, more, effects)                                                                             \
+    WIDTHS(name, _reg, emit_binary, ARG(0, what, K_REG, more), effects),                                               \
+    WIDTHS(name, _lsl, emit_binary, ARG(0, what, K_LSL, more), effects),                                               \
+    WIDTHS(name, _lsr, emit_binary, ARG(0, what, K_LSR, more), effects),                                               \
     WIDTHS(name, _asr, emit_binary, ARG(0, what, K_ASR, more), effects)
-#define ARITHMETIC(name, what, more, effects)                                                                             \
+#define ARITHMETIC(name, what, more, effects)                                                                          \
     SHIFTED(name, what, more, effects), WIDTHS(name, _ext, emit_binary, ARG(0, what, K_EXT, more), effects)
-#define LOGIC(name, what, more, effects)                                                                                  \
+#define LOGIC(name, what, more, effects)                                                                               \
     SHIFTED(name, what, more, effects), WIDTHS(name, _ror, emit_binary, ARG(0, what, K_ROR, more), effects)
 
 const struct emitter jit_x64_int[] = {

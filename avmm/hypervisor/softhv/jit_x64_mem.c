@@ -163,7 +163,8 @@ static void emit_pair(struct emit *e, const struct uop *u, uint32_t arg) {
         return;
     }
     struct operands at = operands(e, u, arg);
-    unsigned t = arg & STORES ? use(e, u->rd) : reserve(e, u->rd), t2 = arg & STORES ? use(e, u->ra) : reserve(e, u->ra);
+    unsigned t = arg & STORES ? use(e, u->rd) : reserve(e, u->rd);
+    unsigned t2 = arg & STORES ? use(e, u->ra) : reserve(e, u->ra);
     struct outlined *o = slow_call(e, u);
     unsigned size = 1u << (arg & 7);
     address(e, u, arg, at, o);
@@ -181,9 +182,9 @@ static void emit_pair(struct emit *e, const struct uop *u, uint32_t arg) {
     comes_back(e, o);
 }
 
-/* ---- Vectors: in memory, through XMM0 and XMM1 ------------------------------------------------------------------------------ */
+/* ---- Vectors: in memory, through XMM0 and XMM1 ------------------------------------------------------------------- */
 
-enum { MOVD = 0x660f6e, MOVD_STORE = 0x660f7e, MOVQ = 0xf30f7e, MOVUPS = 0x0f10, MOVUPS_STORE = 0x0f11 };
+enum { MOVD = 0x660f6e, MOVQ = 0xf30f7e, MOVUPS = 0x0f10, MOVUPS_STORE = 0x0f11 };
 
 /* XMMn, zero extended, from [RAX + disp]. */
 static void load_v(struct emit *e, uint32_t arg, unsigned to, int32_t disp) {
@@ -257,21 +258,22 @@ static void emit_pair_v(struct emit *e, const struct uop *u, uint32_t arg) {
 
 static void emit_nothing(struct emit *e, const struct uop *u, uint32_t arg) {}
 
-/* ---- The table ------------------------------------------------------------------------------------------------------------------ */
+/* ---- The table --------------------------------------------------------------------------------------------------- */
 
-#define MODES(name, emitter, arg)                                                                                         \
-    {p_##name##_imm, emitter, (arg) | M_IMM << MODE, TRAPS}, {p_##name##_pre, emitter, (arg) | M_PRE << MODE, TRAPS},     \
+#define MODES(name, emitter, arg)                                                                                      \
+    {p_##name##_imm, emitter, (arg) | M_IMM << MODE, TRAPS}, {p_##name##_pre, emitter, (arg) | M_PRE << MODE, TRAPS},  \
     {p_##name##_post, emitter, (arg) | M_POST << MODE, TRAPS}
-#define INDEXED(name, emitter, arg)                                                                                       \
-    MODES(name, emitter, arg), {p_##name##_lsl, emitter, (arg) | M_LSL << MODE, TRAPS},                                   \
+#define INDEXED(name, emitter, arg)                                                                                    \
+    MODES(name, emitter, arg), {p_##name##_lsl, emitter, (arg) | M_LSL << MODE, TRAPS},                                \
     {p_##name##_uxtw, emitter, (arg) | M_UXTW << MODE, TRAPS}, {p_##name##_sxtw, emitter, (arg) | M_SXTW << MODE, TRAPS}
-#define GENERAL(name, arg)                                                                                                \
+#define GENERAL(name, arg)                                                                                             \
     INDEXED(name, emit_access, arg), {p_##name##_unpriv, emit_access, (arg) | M_UNPRIVILEGED << MODE, TRAPS}
-#define VECTORS(letter, size)                                                                                             \
+#define VECTORS(letter, size)                                                                                          \
     INDEXED(ldr_##letter, emit_access_v, size), INDEXED(str_##letter, emit_access_v, (size) | STORES)
-#define VECTOR_PAIRS(letter, size) MODES(ldp_##letter, emit_pair_v, size), MODES(stp_##letter, emit_pair_v, (size) | STORES)
-#define ORDERED(width, size)                                                                                              \
-    {p_ldar##width, emit_access, (size) | ALIGNED | M_BASE << MODE, TRAPS},                                               \
+#define VECTOR_PAIRS(letter, size)                                                                                     \
+    MODES(ldp_##letter, emit_pair_v, size), MODES(stp_##letter, emit_pair_v, (size) | STORES)
+#define ORDERED(width, size)                                                                                           \
+    {p_ldar##width, emit_access, (size) | ALIGNED | M_BASE << MODE, TRAPS},                                            \
     {p_stlr##width, emit_access, (size) | STORES | ALIGNED | FENCED | M_BASE << MODE, TRAPS}
 
 const struct emitter jit_x64_mem[] = {
