@@ -58,6 +58,10 @@ class Board:
         """The devices' work, to run while the machine is on."""
         return [self.uart.run(), self.rtc.run(), *(transport.run() for transport in self.virtio)]
 
+    def guest_errors(self) -> dict[str, int]:
+        """How often the guest broke a virtio device's rules, by device."""
+        return {transport.device.name: transport.guest_errors for transport in self.virtio}
+
     async def pause(self) -> None:
         """Bring the devices' work to rest: after the vCPUs."""
         for transport in self.virtio:

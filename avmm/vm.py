@@ -206,7 +206,8 @@ class VirtualMachine:
             self._virtio_console.resize(list(self.ports).index(port), columns, rows)
 
     def counters(self) -> dict[str, Any]:
-        """Plain numbers: ``exits`` by kind over all vCPUs, injected ``faults``, ``vcpus``: a dictionary each."""
+        """Plain numbers: ``exits`` by kind over all vCPUs, injected ``faults``, ``vcpus``: a dictionary each, and
+        ``guest_errors``: how often since its last reset the guest broke a virtio device's rules, by device."""
         exits = list(self._past_exits)
         for vcpu in self._vcpus:
             for kind, count in enumerate(vcpu.counters.exits):
@@ -214,6 +215,9 @@ class VirtualMachine:
         return {
             "exits": {kind.name.lower(): exits[kind] for kind in ExitKind},
             "vcpus": [vcpu.snapshot_counters() for vcpu in self._vcpus],
+            "guest_errors": {
+                slot.device.name: slot.guest_errors for slot in (self._board.virtio if self._board else [])
+            },
             "faults": self._hypervisor.fault_counts() if self._hypervisor is not None else self._fault_counts,
         }
 

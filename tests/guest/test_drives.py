@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -64,6 +65,7 @@ async def test_ext4_is_filled_and_clean(debian: Fetched, tmp_path: Path) -> None
         assert code == 0, said
         assert wanted in said
         assert vm.drives[0].counters["errors"] == 0
+        assert vm.counters()["guest_errors"] == {"drive0": 0, "rng": 0}
     run("e2fsck", "-fn", disk)
     run("debugfs", "-R", f"dump /big {tmp_path}/big", disk)
     assert hashlib.md5((tmp_path / "big").read_bytes()).hexdigest() == wanted
@@ -214,3 +216,21 @@ async def test_the_guest_has_entropy(debian: Fetched) -> None:
         _, said = await shell(vm, "cat /sys/class/misc/hw_random/rng_current; head -c 64 /dev/hwrng | md5sum")
         assert "virtio_rng" in said
         assert hashlib.md5(bytes(64)).hexdigest() not in said
+
+
+def test_drives_in_the_dry_run_and_in_the_device_tree(debian: Fetched, tmp_path: Path) -> None:
+    disk = sparse(tmp_path / "disk.img", 1 << 20)
+    argv = [sys.executable, "-m", "avmm.cli", "boot", str(debian.kernel)]
+    done = subprocess.run([*argv, "--dry-run", "-d", f"{disk},ro"], capture_output=True, check=True)
+    assert json.loads(done.stdout)["drives"] == [
+        {"path": str(disk), "format": "raw", "bytes": 1 << 20, "read_only": True, "snapshot": False}
+    ]
+    tree = tmp_path / "tree.dtb"
+    subprocess.run([*argv, "--dump-dtb", str(tree), "-d", str(disk), "-d", str(disk)], check=True)
+    assert tree.read_bytes().count(b"virtio_mmio@") == 3  # two disks and the entropy source
+    wrong = {f"{tmp_path}/none": "No such file", f"{disk},format=vmdk": "raw or qcow2", "/dev/null": "neither a file"}
+    for drive, word in wrong.items():
+        refused = subprocess.run([*argv, "-d", drive], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert refused.returncode == 2
+        assert word in refused.stderr
+        assert "Traceback" not in refused.stderr

@@ -192,8 +192,8 @@ class VirtioDevice:
     ``features`` are its own feature bits, ``queue_sizes`` the largest size of each queue.
     """
 
-    device_id: int
-    name: str
+    device_id: int = 0  # of a slot without a device
+    name: str = "none"
     features: int = 0
     queue_sizes: tuple[int, ...] = (256,)
 
