@@ -9,6 +9,7 @@ Every access is checked against the regions, because addresses come from the gue
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from bisect import bisect_right
 from collections.abc import Callable
@@ -104,11 +105,12 @@ class GuestMemory:
         self.on_host_write(gpa, length)
 
     def close(self) -> None:
-        """Release every view and unmap every region. Views handed out before must be gone."""
+        """Give up every region. One of which somebody still holds a view is unmapped with the last such view."""
         for view in self._views:
             view.release()
         for region in self._regions:
-            region.buffer.close()
+            with contextlib.suppress(BufferError):
+                region.buffer.close()
         self._regions.clear()
         self._views.clear()
         self._bases.clear()
