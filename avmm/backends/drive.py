@@ -223,21 +223,38 @@ def _sectors(sector: int, count: int | None, size: int) -> tuple[int, int]:
 
 @dataclass(slots=True)
 class _Job:
-    """A call on its way through a thread; ``left`` is what a caller waits for who has been cancelled meanwhile."""
+    """A call on its way through a thread; ``left`` is what a caller waits for who has been cancelled meanwhile.
 
-    work: Callable[[], None]
+    Both sides clear what they have used: the work, and an error's frames, hold views of guest memory, which may be gone
+    by the time that the thread lets go of its job.
+    """
+
+    work: Callable[[], None] | None
     loop: asyncio.AbstractEventLoop
-    answer: asyncio.Future[None]
+    answer: asyncio.Future[None] | None
+    error: Exception | None = None
     left: asyncio.Future[None] | None = None
     done: bool = False
 
-    def finish(self, error: Exception | None) -> None:
+    def do(self) -> None:
+        """On the thread."""
+        assert self.work is not None
+        try:
+            self.work()
+        except Exception as error:
+            self.error = error
+        self.work = None
+        self.loop.call_soon_threadsafe(self._finish)
+
+    def _finish(self) -> None:
         self.done = True
-        if not self.answer.done():
+        answer, self.answer = self.answer, None
+        error, self.error = self.error, None
+        if answer is not None and not answer.done():
             if error is None:
-                self.answer.set_result(None)
+                answer.set_result(None)
             else:
-                self.answer.set_exception(error)
+                answer.set_exception(error)
         if self.left is not None and not self.left.done():
             self.left.set_result(None)
 
@@ -254,7 +271,8 @@ class _Threads:
     async def run(self, work: Callable[[], None]) -> None:
         """``work()`` on a thread. Cancelled, it returns no sooner than the thread, which is at work in guest memory."""
         loop = asyncio.get_running_loop()
-        job = _Job(work, loop, loop.create_future())
+        answer = loop.create_future()
+        job = _Job(work, loop, answer)
         self._waiting += 1
         if self._waiting > len(self._threads) < THREADS:
             thread = threading.Thread(target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True)
@@ -262,7 +280,7 @@ class _Threads:
             thread.start()
         self._jobs.put(job)
         try:
-            await job.answer
+            await answer
         except asyncio.CancelledError:
             while not job.done:
                 job.left = loop.create_future()
@@ -281,13 +299,7 @@ class _Threads:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            error = None
-            try:
-                job.work()
-            except Exception as raised:
-                error = raised
-            job.loop.call_soon_threadsafe(job.finish, error)
-            job = error = None  # which hold views of guest memory
+            job.do()
 
 
 class HeldWrites:
