@@ -65,7 +65,7 @@ LINGER_NS: Final = 1_000_000_000
 
 #: A timed sleep ends early by what a wake has been taking, found in steps of so many nanoseconds, at most so many; the
 #: thread then waits awake for the exact moment. Steps of one size find the median, whatever the stragglers are.
-_EARLY_STEP_NS: Final = 1_000
+_EARLY_STEP_NS: Final = 4_000
 _EARLY_MAX_NS: Final = 100_000
 
 #: What is left of such a wait, in nanoseconds, is too little to give the interpreter away and get it back.
