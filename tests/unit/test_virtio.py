@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -304,6 +305,35 @@ async def test_a_reset_in_mid_flight_drops_the_answers(image: Path) -> None:
         driver.start()
         assert (await driver.queue(0).request([header(IN, 1)], [512, 1]))[-1] == 0
     drive.close()
+
+
+def test_guest_memory_may_go_as_soon_as_the_last_request_is_answered(image: Path) -> None:
+    """Nobody holds a view of it then: unmapping would fail. Threads that change places all the time find who does."""
+
+    async def use(step: int) -> None:
+        drive = drive_on(image)
+        async with attached(Blk(drive, "d")) as driver:
+            driver.start()
+            queue = driver.queue(0)
+            if step % 3 == 0:
+                await queue.request([header(OUT, 8), bytes(4096)], [1])
+            elif step % 3 == 1:  # cancelled in mid-flight, more or less
+                queue.add([header(OUT, 8), bytes(65536)], [1])
+                queue.kick()
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            else:
+                drive.fail(op="read")
+                await queue.request([header(IN, 8)], [4096, 1])
+        drive.close()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for step in range(150):
+            asyncio.run(use(step))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 # The console.
