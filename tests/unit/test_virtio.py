@@ -157,6 +157,98 @@ async def test_state_moves_to_another_device() -> None:
             assert done.data == b"bbbb"
 
 
+def _table(queue: FakeQueue, *entries: tuple[int, int, int, int]) -> int:
+    """An indirect table in memory: its GPA."""
+    gpa = queue.driver.allocate(16 * len(entries))
+    queue.driver.memory.write(gpa, b"".join(struct.pack("<QIHH", *entry) for entry in entries))
+    return gpa
+
+
+def outside(queue: FakeQueue) -> None:
+    queue.describe(0, RAM_BASE + RAM_SIZE - 4, 8, WRITE)
+
+
+def wraps_around(queue: FakeQueue) -> None:
+    queue.describe(0, (1 << 64) - 4, 8, WRITE)
+
+
+def loop(queue: FakeQueue) -> None:
+    queue.describe(0, RAM_BASE, 8, WRITE | NEXT, 1)
+    queue.describe(1, RAM_BASE, 8, WRITE | NEXT, 0)
+
+
+def next_outside(queue: FakeQueue) -> None:
+    queue.describe(0, RAM_BASE, 8, WRITE | NEXT, queue.size)
+
+
+def readable_after_writable(queue: FakeQueue) -> None:
+    queue.describe(0, RAM_BASE, 8, WRITE | NEXT, 1)
+    queue.describe(1, RAM_BASE, 8, 0)
+
+
+def nested_table(queue: FakeQueue) -> None:
+    inner = _table(queue, (RAM_BASE, 8, WRITE, 0))
+    queue.describe(0, _table(queue, (inner, 16, INDIRECT, 0)), 16, INDIRECT)
+
+
+def table_and_next(queue: FakeQueue) -> None:
+    queue.describe(0, _table(queue, (RAM_BASE, 8, WRITE, 0)), 16, INDIRECT | NEXT, 1)
+    queue.describe(1, RAM_BASE, 8, WRITE)
+
+
+def odd_table(queue: FakeQueue) -> None:
+    queue.describe(0, _table(queue, (RAM_BASE, 8, WRITE, 0), (RAM_BASE, 8, WRITE, 0)), 24, INDIRECT)
+
+
+def empty_table(queue: FakeQueue) -> None:
+    queue.describe(0, RAM_BASE, 0, INDIRECT)
+
+
+def leaves_its_table(queue: FakeQueue) -> None:
+    queue.describe(0, _table(queue, (RAM_BASE, 8, WRITE | NEXT, 1)), 16, INDIRECT)
+
+
+def head_outside(queue: FakeQueue) -> None:
+    queue.offer(queue.size)
+
+
+def index_jumps(queue: FakeQueue) -> None:
+    queue.avail_idx = queue.size + 1
+
+
+@pytest.mark.parametrize(
+    "crime",
+    [
+        outside, wraps_around, loop, next_outside, readable_after_writable, nested_table, table_and_next, odd_table,
+        empty_table, leaves_its_table, head_outside, index_jumps,
+    ],
+)  # fmt: skip
+async def test_a_broken_rule_stops_the_device_until_it_is_reset(crime: Callable[[FakeQueue], None]) -> None:
+    async with attached(Rng(lambda n: b"r" * n)) as driver:
+        driver.start()
+        queue = driver.queue(0)
+        crime(queue)
+        queue.offer(0)
+        before = driver.memory.read(RAM_BASE, RAM_SIZE)
+        queue.kick()
+        assert await driver.interrupt() == 2  # a change of configuration (2.1.2)
+        assert driver.needs_reset
+        assert driver.device.guest_errors == 1
+        queue.offer(0)
+        queue.kick()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not queue.collect()
+        # Nothing was written but what we wrote, and the index from which the device wants to be notified.
+        now = bytearray(driver.memory.read(RAM_BASE, RAM_SIZE))
+        for gpa, length in ((queue.avail, 6 + 2 * queue.size), (queue.used + 4 + 8 * queue.size, 2)):
+            at = gpa - RAM_BASE
+            now[at : at + length] = before[at : at + length]
+        assert now == before
+        driver.start()
+        assert await driver.queue(0).request([], [4]) == b"rrrr"
+
+
 # Disks.
 
 
