@@ -213,6 +213,7 @@ def head_outside(queue: FakeQueue) -> None:
 
 
 def index_jumps(queue: FakeQueue) -> None:
+    queue.describe(0, RAM_BASE + 0x10000, 8, WRITE)
     queue.avail_idx = queue.size + 1
 
 

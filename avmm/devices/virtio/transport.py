@@ -154,8 +154,7 @@ class Queue:
     def push(self, chain: Chain, written: int = 0) -> None:
         """Give ``chain`` back with ``written`` bytes written; the driver gets an interrupt if it wants one."""
         transport = self._transport
-        interrupt = chain.queue.push(chain, written)
-        if interrupt and chain.queue is self.core:
+        if chain.queue.push(chain, written):
             transport.interrupt(USED)
         transport.settled()
 
