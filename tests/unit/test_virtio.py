@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
 import random
 import struct
@@ -22,6 +23,7 @@ from avmm.devices.virtio.blk import Blk
 from avmm.devices.virtio.console import Console
 from avmm.devices.virtio.rng import Rng
 from avmm.devices.virtio.transport import VirtioDevice
+from avmm.memory import GuestMemory, Region
 from avmm.testing.queue import INDIRECT, NEXT, RAM_BASE, RAM_SIZE, WRITE, FakeDriver, FakeQueue, attached
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
@@ -401,11 +403,14 @@ async def test_a_reset_in_mid_flight_drops_the_answers(image: Path) -> None:
 
 
 def test_guest_memory_may_go_as_soon_as_the_last_request_is_answered(image: Path) -> None:
-    """Nobody holds a view of it then: unmapping would fail. Threads that change places all the time find who does."""
+    """Nobody holds a view of it then, or it would stay mapped. Threads that change places often show who does."""
 
     async def use(step: int) -> None:
         drive = drive_on(image)
-        async with attached(Blk(drive, "d")) as driver:
+        buffer = mmap.mmap(-1, RAM_SIZE)
+        memory = GuestMemory()
+        memory.add(Region(RAM_BASE, buffer))
+        async with attached(Blk(drive, "d"), memory) as driver:
             driver.start()
             queue = driver.queue(0)
             if step % 3 == 0:
@@ -418,6 +423,8 @@ def test_guest_memory_may_go_as_soon_as_the_last_request_is_answered(image: Path
             else:
                 drive.fail(op="read")
                 await queue.request([header(IN, 8)], [4096, 1])
+        memory.close()
+        assert buffer.closed
         drive.close()
 
     interval = sys.getswitchinterval()
