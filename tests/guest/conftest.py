@@ -58,7 +58,7 @@ def _held() -> dict[str, set[str]]:
     mappings = set()
     for line in Path("/proc/self/maps").read_text().splitlines():
         first, _, last = line.split()[0].partition("-")
-        if int(last, 16) - int(first, 16) >= 64 << 20:
+        if int(last, 16) - int(first, 16) >= 64 << 20 and not line.endswith("[heap]"):
             mappings.add(line.split()[0])
     return {
         "threads": {thread.name for thread in threading.enumerate() if thread.name.startswith("avmm")},
