@@ -18,14 +18,18 @@ def main() -> None:
     parser.add_argument("-c", "--cpus", type=int, default=1)
     parser.add_argument("-m", "--memory", type=int, default=512, help="MiB")
     parser.add_argument("--flavour", default="cloud")
+    parser.add_argument("--engine", default="auto", help="avmm's")
     args = parser.parse_args()
     require_qemu()
     fetched = guest(args.flavour)
     initrd = with_init(fetched.initrd, INIT)
+    print(f"avmm's engine: {args.engine}")
     headline(f"boot to power-off: {fetched.version} {args.flavour}, {args.memory} MiB, {args.cpus} vCPU")
 
     def run(machine) -> float:
         argv = machine.command(fetched.kernel, initrd, args.memory, args.cpus, "avmm.init=/bench-init")
+        if machine is AVMM:
+            argv += ["--engine", args.engine]
         return timed(argv, b"BOOT-OK")
 
     try:
