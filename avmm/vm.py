@@ -167,7 +167,7 @@ class VirtualMachine:
         self.state = "stopped"
 
     async def pause(self) -> None:
-        """Stop guest time: every vCPU comes to rest outside the guest."""
+        """Every vCPU comes to rest outside the guest, then the devices; the guest's clock runs on."""
         self._expect_state("running")
         self.state = "paused"
         await asyncio.gather(*(vcpu.pause() for vcpu in self._vcpus))
