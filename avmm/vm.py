@@ -468,8 +468,8 @@ def boot(
 def describe(config: VmConfig) -> dict[str, Any]:
     """The configuration as it would run, images checked, as plain data. Raises ImageError or EngineError."""
     kernel, initrd = _read_images(config)
-    hypervisor = open_hypervisor(config.engine, config.faults)
     drives = [_describe_drive(drive) for drive in config.drives]
+    hypervisor = open_hypervisor(config.engine, config.faults)  # last: from here on there is something to close
     try:
         _check_capabilities(config, hypervisor)
         engine = hypervisor.capabilities.name

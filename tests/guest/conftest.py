@@ -19,7 +19,8 @@ from avmm.errors import FetchError
 READY = rb"avmm: Debian \S+ ready"
 
 
-def _fetch(flavour: str) -> Fetched:
+def fetch_or_skip(flavour: str) -> Fetched:
+    """A guest to boot. Where there is none the test is skipped, but not in CI."""
     try:
         return fetch_debian(flavour=flavour, progress=lambda text: None)
     except FetchError as error:
@@ -31,13 +32,13 @@ def _fetch(flavour: str) -> Fetched:
 @pytest.fixture(scope="session")
 def debian() -> Fetched:
     """Debian's cloud kernel and the busybox initrd."""
-    return _fetch("cloud")
+    return fetch_or_skip("cloud")
 
 
 @pytest.fixture(scope="session")
 def debian_generic() -> Fetched:
     """The same with Debian's generic kernel."""
-    return _fetch("generic")
+    return fetch_or_skip("generic")
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ import pytest
 from avmm import fdt
 from avmm.bootloader import cpio, initrd, loader, machine
 from avmm.bootloader.image import load_kernel
-from avmm.debian import Fetched, fetch_debian
-from avmm.errors import FetchError
+from avmm.debian import Fetched
 from avmm.memory import GuestMemory, Region
+from tests.guest.conftest import fetch_or_skip
 
 QEMU = "qemu-system-aarch64"
 MEMORY = 512 << 20
@@ -30,10 +30,7 @@ pytestmark = [pytest.mark.guest, pytest.mark.skipif(not shutil.which(QEMU), reas
 
 @pytest.fixture(scope="module", params=["cloud", "generic"])
 def fetched(request: pytest.FixtureRequest) -> Fetched:
-    try:
-        return fetch_debian(flavour=request.param)
-    except FetchError as error:
-        pytest.skip(f"no kernel: {error}")
+    return fetch_or_skip(request.param)
 
 
 class Console:
