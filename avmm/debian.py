@@ -182,7 +182,7 @@ class Apt:
         self._scratch = scratch
         self._progress = progress
         for name in ("state/lists/partial", "cache/archives/partial"):
-            (scratch / name).mkdir(parents=True)
+            (scratch / name).mkdir(parents=True, exist_ok=True)
         (scratch / "status").touch()
         settings = {
             "APT::Architecture": "arm64",
@@ -204,9 +204,9 @@ class Apt:
         self._config.write_text("\n".join(lines) + "\n")
         progress("asking apt what there is")
         # A third party's broken repository fails the update; what matters is whether Debian's packages are found.
-        self._trouble = self._apt("apt-get", "-q", "update", check=False).stderr
+        self._trouble = self.run("apt-get", "-q", "update", check=False).stderr
         self._index = _Index(release)
-        targets = self._apt(
+        targets = self.run(
             "apt-get", "indextargets", "--format", "$(CODENAME) $(FILENAME)", "Created-By: Packages"
         ).stdout
         self._codenames = set()
@@ -214,7 +214,7 @@ class Apt:
             codename, _, filename = line.partition(" ")
             self._codenames.add(codename)
             if codename in _suites(release):
-                self._index.add(self._apt("/usr/lib/apt/apt-helper", "cat-file", filename).stdout)
+                self._index.add(self.run("/usr/lib/apt/apt-helper", "cat-file", filename).stdout)
 
     def find(self, package: str) -> Stanza:
         """See Source."""
@@ -233,12 +233,13 @@ class Apt:
         self._progress(f"downloading {name} {version} ({int(stanza.get('Size', 0)) / 1e6:.0f} MB)")
         folder = self._scratch / name
         folder.mkdir()
-        self._apt("apt-get", "-q", "download", f"{name}={version}", cwd=folder)
+        self.run("apt-get", "-q", "download", f"{name}={version}", cwd=folder)
         return next(folder.glob("*.deb"))
 
-    def _apt(
+    def run(
         self, program: str, *arguments: str, check: bool = True, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
+        """One of apt's programs, with this configuration. Raises FetchError when it fails, unless not ``check``."""
         command = [program, "-c", str(self._config), *arguments]
         environment = {**os.environ, "LC_ALL": "C.UTF-8"}
         done = subprocess.run(
