@@ -82,6 +82,11 @@ class DriveConfig:
 DriveLike = str | os.PathLike[str] | DriveConfig
 
 
+def drive_config(drive: DriveLike) -> DriveConfig:
+    """What ``drive`` names. Raises ConfigError."""
+    return drive if isinstance(drive, DriveConfig) else DriveConfig.parse(drive)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmConfig:
     """One virtual machine, resolved. ``memory`` is in bytes; ``ports`` are names of virtio console ports."""
@@ -147,6 +152,6 @@ class VmConfig:
             engine=engine,
             reboot=reboot,
             faults=Faults.parse(faults) if isinstance(faults, str) else faults,
-            drives=tuple(each if isinstance(each, DriveConfig) else DriveConfig.parse(each) for each in drives),
+            drives=tuple(map(drive_config, drives)),
             ports=tuple(ports),
         )

@@ -17,12 +17,16 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from avmm.aio import cancel, outlast
-from avmm.backends.drive import Drive, open_drive
+from avmm.attachments import attachments_of, close_all, describe_all, open_all
+from avmm.attachments.base import Attachment
+from avmm.attachments.drive import DriveAttachment
+from avmm.attachments.ports import PortsAttachment
+from avmm.backends.drive import Drive
 from avmm.backends.port import Port
 from avmm.backends.serial import SerialLine
 from avmm.board import Board
@@ -30,12 +34,9 @@ from avmm.bootloader.image import Kernel, load_kernel, read_file
 from avmm.bootloader.loader import ENTROPY_SIZE, Entry, load_linux, place
 from avmm.bootloader.machine import RAM_BASE, RNG_SEED_SIZE, build_fdt
 from avmm.clock import Clock, DeadlineTimers
-from avmm.config import DriveConfig, DriveLike, VmConfig
-from avmm.devices.virtio.blk import Blk
-from avmm.devices.virtio.console import Console as VirtioConsole
-from avmm.devices.virtio.rng import Rng
+from avmm.config import DriveLike, VmConfig, drive_config
 from avmm.devices.virtio.transport import VirtioDevice
-from avmm.errors import AvmmError, ConfigError, GuestError, GuestGone, GuestPanic, HostError, ImageError
+from avmm.errors import AvmmError, ConfigError, GuestError, GuestGone, GuestPanic, HostError
 from avmm.faults import Faults
 from avmm.guest.console import Console
 from avmm.guest.panic import PanicWatch
@@ -52,6 +53,9 @@ from avmm.vcpu.psci import Psci
 
 #: Linux's, which the mmap module of Python 3.11 does not name; macOS reserves nothing anyway.
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+
+
+_A = TypeVar("_A", bound=Attachment)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +97,7 @@ class VirtualMachine:
         self._lock = threading.RLock()
         self._clock = Clock()
         self._memory = GuestMemory()
-        #: The disks, in the order they were given, for their counters and faults; none before the VM is started.
-        self.drives: list[Drive] = []
-        #: The host's ends of the virtio console's ports, by name; one whose name begins with "hvc" is a terminal.
-        self.ports = {name: Port(name, name.startswith("hvc")) for name in config.ports}
-        self._virtio_console: VirtioConsole | None = None
+        self._attachments: list[Attachment] = []
         self._hypervisor: Hypervisor | None = None
         self._board: Board | None = None
         self._psci: Psci | None = None
@@ -135,7 +135,9 @@ class VirtualMachine:
         try:
             hypervisor = self._hypervisor = open_hypervisor(config.engine, config.faults)
             _check_capabilities(config, hypervisor)
-            self.drives = await asyncio.to_thread(_open_drives, config)
+            attachments = attachments_of(config)
+            await asyncio.to_thread(open_all, attachments)
+            self._attachments = attachments
             region = Region(RAM_BASE, _allocate(config.memory))
             self._memory.add(region)
             hypervisor.map(region)
@@ -144,7 +146,7 @@ class VirtualMachine:
         except BaseException:
             timers.close()
             self._release()
-            await asyncio.to_thread(self._close_drives)
+            await asyncio.to_thread(close_all, self._attachments)
             raise
         self._mark("engine ready")
         self.state = "running"
@@ -193,17 +195,36 @@ class VirtualMachine:
         """The guest's RAM."""
         return self._memory
 
-    def hold_output(self, hold: bool) -> None:
-        """While held, the guest's UART says that it cannot send: for a host that is slower than the guest."""
-        if self._board is not None:
-            self._board.uart.tx_blocked = hold
+    # What it has been given.
+
+    @property
+    def drives(self) -> list[Drive]:
+        """The disks, in the order they were given, for their counters and faults; none before the VM is started."""
+        return [each.drive for each in self._all(DriveAttachment) if each.drive is not None]
+
+    def add_drive(self, drive: DriveLike) -> None:
+        """Give a VM that has not been started one more disk: a path with options as for ``--drive``, or DriveConfig."""
+        self._expect_state("created")
+        self.config = replace(self.config, drives=(*self.config.drives, drive_config(drive)))
+
+    @property
+    def ports(self) -> dict[str, Port]:
+        """The host's ends of the virtio console's ports, by name; none before the VM is started."""
+        return {name: port for each in self._all(PortsAttachment) for name, port in each.ports.items()}
 
     def resize(self, port: str, columns: int, rows: int) -> None:
         """Tell the guest the size of the terminal at its virtio console port of this name."""
         if port not in self.ports:
             raise ConfigError(f"the VM has no port {port!r}; it has {', '.join(self.ports) or 'none'}")
-        if self._virtio_console is not None:
-            self._virtio_console.resize(list(self.ports).index(port), columns, rows)
+        self._all(PortsAttachment)[0].resize(port, columns, rows)
+
+    def _all(self, kind: type[_A]) -> list[_A]:
+        return [each for each in self._attachments if isinstance(each, kind)]
+
+    def hold_output(self, hold: bool) -> None:
+        """While held, the guest's UART says that it cannot send: for a host that is slower than the guest."""
+        if self._board is not None:
+            self._board.uart.tx_blocked = hold
 
     def counters(self) -> dict[str, Any]:
         """Plain numbers: ``exits`` by kind over all vCPUs, injected ``faults``, ``vcpus``: a dictionary each, and
@@ -254,7 +275,8 @@ class VirtualMachine:
         cpus = self.config.cpus
         if self._board is not None:
             self._board.close()
-        board = self._board = Board(self._lock, cpus, self._line, self._memory, self._virtio())
+        devices = [each.device() for each in self._attachments]
+        board = self._board = Board(self._lock, cpus, self._line, self._memory, devices)
         self._psci = Psci(self._is_ram)
         for kind in ExitKind:
             self._past_exits[kind] += sum(vcpu.counters.exits[kind] for vcpu in self._vcpus)
@@ -284,16 +306,6 @@ class VirtualMachine:
             entropy=os.urandom(ENTROPY_SIZE),
         )
 
-    def _virtio(self) -> list[VirtioDevice]:
-        devices: list[VirtioDevice] = [Blk(drive, drive.name) for drive in self.drives]
-        devices.append(Rng(os.urandom))
-        if self.ports:
-            for port in self.ports.values():
-                port.guest_opened(False)
-            self._virtio_console = VirtioConsole(list(self.ports.values()))
-            devices.append(self._virtio_console)
-        return devices
-
     async def _supervise(self, kernel: Kernel, initrd: bytes | None, timers: DeadlineTimers, entry: Entry) -> None:
         outcome = Outcome("stopped")
         monitoring = None if self._monitor is None else asyncio.create_task(self._monitor.run())
@@ -314,11 +326,11 @@ class VirtualMachine:
             timers.close()
             self._release()
             try:
-                await asyncio.to_thread(self._close_drives)
-            except HostError as error:
+                await asyncio.to_thread(close_all, self._attachments)
+            except AvmmError as error:
                 outcome = self._outcome = Outcome("fault", error)
-            for port in self.ports.values():
-                port.close()
+            for each in self._attachments:
+                each.gone()
             self.console.transcript.close(_why_gone(outcome))
             if monitoring is not None:
                 await cancel(monitoring)
@@ -333,6 +345,7 @@ class VirtualMachine:
             coroutines = board.coroutines()
             if self._trace is not None:
                 coroutines = [self._trace.work(coroutine) for coroutine in coroutines]
+            coroutines += [each.run() for each in self._attachments]
             work = [tasks.create_task(coroutine) for coroutine in coroutines]
             with self._lock:
                 psci.power_on(0, entry.pc, entry.x0)
@@ -366,17 +379,6 @@ class VirtualMachine:
         self._memory.close()
         if self._trace is not None:
             self._trace.close()
-
-    def _close_drives(self) -> None:
-        """Store what the guest wrote. Raises ImageError when the host could not, after closing them all."""
-        failed = None
-        for drive in self.drives:
-            try:
-                drive.close()
-            except OSError as error:
-                failed = ImageError(f"{drive.name}: the guest's last writes are lost: {error.strerror}")
-        if failed is not None:
-            raise failed
 
     # Small things.
 
@@ -468,7 +470,7 @@ def boot(
 def describe(config: VmConfig) -> dict[str, Any]:
     """The configuration as it would run, images checked, as plain data. Raises ImageError or EngineError."""
     kernel, initrd = _read_images(config)
-    drives = [_describe_drive(drive) for drive in config.drives]
+    attachments = describe_all(config)
     hypervisor = open_hypervisor(config.engine, config.faults)  # last: from here on there is something to close
     try:
         _check_capabilities(config, hypervisor)
@@ -489,39 +491,8 @@ def describe(config: VmConfig) -> dict[str, Any]:
         "engine": engine,
         "reboot": config.reboot,
         "faults": None if config.faults is None else asdict(config.faults),
-        "drives": drives,
-        "ports": list(config.ports),
+        **attachments,
     }
-
-
-def _describe_drive(config: DriveConfig) -> dict[str, Any]:
-    drive = _open_drive(config, "drive")
-    try:
-        return {
-            "path": os.fspath(config.path),
-            "format": config.format or ("qcow2" if config.path.suffix == ".qcow2" else "raw"),
-            "bytes": drive.size,
-            "read_only": config.read_only,
-            "snapshot": config.snapshot,
-        }
-    finally:
-        drive.close()
-
-
-def _open_drive(config: DriveConfig, name: str) -> Drive:
-    return open_drive(config.path, config.format, name, read_only=config.read_only, snapshot=config.snapshot)
-
-
-def _open_drives(config: VmConfig) -> list[Drive]:
-    drives: list[Drive] = []
-    try:
-        for index, each in enumerate(config.drives):
-            drives.append(_open_drive(each, f"drive{index}"))
-    except BaseException:
-        for drive in drives:
-            drive.close()
-        raise
-    return drives
 
 
 def device_tree(config: VmConfig) -> bytes:
@@ -542,7 +513,7 @@ def device_tree(config: VmConfig) -> bytes:
 
 def _described_board(config: VmConfig) -> Board:
     """A board to be described only: its devices show what slots they are in, and nothing else is asked of them."""
-    slots = [VirtioDevice() for _ in (*config.drives, "rng", *(("console",) if config.ports else ()))]
+    slots = [VirtioDevice() for _ in attachments_of(config)]
     return Board(threading.RLock(), config.cpus, _Unconnected(), GuestMemory(), slots)
 
 

@@ -1,0 +1,61 @@
+"""Everything a VM can be given: a small module for each kind, which joins a backend and a virtio device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+from avmm.attachments.base import Attachment
+from avmm.attachments.drive import DriveAttachment
+from avmm.attachments.ports import PortsAttachment
+from avmm.attachments.rng import RngAttachment
+from avmm.bootloader.machine import VIRTIO_SLOTS
+from avmm.config import VmConfig
+from avmm.errors import AvmmError, ConfigError
+
+
+def attachments_of(config: VmConfig) -> list[Attachment]:
+    """What a VM of ``config`` is given, not opened yet, in the order of its virtio slots. Raises ConfigError."""
+    given: list[Attachment] = [DriveAttachment(each, f"drive{index}") for index, each in enumerate(config.drives)]
+    given.append(RngAttachment())
+    if config.ports:
+        given.append(PortsAttachment(config.ports))
+    if len(given) > VIRTIO_SLOTS:
+        raise ConfigError(f"a VM has room for {VIRTIO_SLOTS} virtio devices, not {len(given)}")
+    return given
+
+
+def open_all(attachments: Sequence[Attachment]) -> None:
+    """Open them, all or none. Blocks. Raises HostError."""
+    with contextlib.ExitStack() as opened:
+        for each in attachments:
+            each.open()
+            opened.callback(each.close)
+        opened.pop_all()
+
+
+def close_all(attachments: Sequence[Attachment]) -> None:
+    """Close them all; the first thing that went wrong is raised then. Blocks. Raises HostError."""
+    failed: AvmmError | None = None
+    for each in attachments:
+        try:
+            each.close()
+        except AvmmError as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
+
+
+def describe_all(config: VmConfig) -> dict[str, list[Any]]:
+    """What ``--dry-run`` shows of a VM's attachments, by section. Raises HostError."""
+    attachments = attachments_of(config)
+    open_all(attachments)
+    try:
+        sections: dict[str, list[Any]] = {"drives": [], "ports": []}
+        for each in attachments:
+            if each.section:
+                sections.setdefault(each.section, []).extend(each.describe())
+        return sections
+    finally:
+        close_all(attachments)

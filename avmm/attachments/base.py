@@ -1,0 +1,36 @@
+"""What a VM can be given besides processors and memory: one host side, one virtio device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from avmm.devices.virtio.transport import VirtioDevice
+
+
+class Attachment:
+    """The life of one, in order: ``open``; for each power-on or reset of the machine ``device`` and ``run``; ``gone``;
+    ``close``. Subclasses do what they need of it; all but ``open`` and ``close`` happens on the event loop.
+    """
+
+    #: Under which name ``--dry-run`` shows what :meth:`describe` gives; empty for what goes without saying.
+    section = ""
+
+    def open(self) -> None:
+        """Open the host's side. Blocks; on a thread. Raises HostError."""
+
+    def device(self) -> VirtioDevice:
+        """A device fresh from power-on, for a new board; the one before is gone."""
+        raise NotImplementedError(type(self).__name__)
+
+    async def run(self) -> None:
+        """The host side's work while the machine is on, beside the device's; cancelled at its reset or end."""
+
+    def gone(self) -> None:
+        """The machine has ended: let nobody wait for it any more."""
+
+    def close(self) -> None:
+        """Store what is to be stored, and let go of everything. Blocks; on a thread. Raises HostError."""
+
+    def describe(self) -> list[Any]:
+        """Between ``open`` and ``close``: plain data, to be shown as part of the list named :attr:`section`."""
+        return []

@@ -1,0 +1,73 @@
+"""Ethernet links: what a network device and the host's networks have in common.
+
+A link has two ends, each with an owner: a device, a switch, a TAP interface, a network stack. All on one event loop.
+Nothing is lost on a link by itself: an end that has no room says so, and tells when it has room again.
+
+::
+
+    end = End(self._received, offload=True)
+    join(end, other)
+    if not end.send(Frame(data)):
+        ...  # not taken: keep it until end.on_room is called, or drop it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Frame:
+    """One Ethernet frame without its FCS, or a TCP segment that stands for several.
+
+    ``csum_start`` 0: checksums are complete. Else the 16-bit one's complement sum from there to the end is still to be
+    stored at ``csum_start + csum_offset``, where that of the pseudo header is now.
+    ``gso_size`` 0: one frame as it stands. Else its TCP payload is to be cut into segments of so many bytes, each with
+    the headers of this one (TCP over IPv4 or IPv6, as the headers say); that needs ``csum_start``, too.
+    """
+
+    data: bytes | bytearray | memoryview
+    csum_start: int = 0
+    csum_offset: int = 0
+    gso_size: int = 0
+
+
+def _ignore() -> None:
+    pass
+
+
+class End:
+    """One end of a link. ``receive(frame)`` gets what the other end sends and returns whether it took it; whoever
+    returns False calls :meth:`room` later. ``offload``: it takes unfinished checksums and large segments."""
+
+    __slots__ = ("offload", "on_room", "peer", "receive")
+
+    def __init__(self, receive: Callable[[Frame], bool], *, offload: bool = False) -> None:
+        self.receive = receive
+        self.offload = offload
+        #: Called when the other end can take frames again after it refused one.
+        self.on_room: Callable[[], None] = _ignore
+        self.peer: End | None = None
+
+    def send(self, frame: Frame) -> bool:
+        """Hand ``frame`` to the other end; False when it has no room. With nobody there it is gone, as on a cable
+        without a plug. Only where ``peer.offload`` may it be unfinished."""
+        return self.peer is None or self.peer.receive(frame)
+
+    def room(self) -> None:
+        """Say that this end can take frames again."""
+        if self.peer is not None:
+            self.peer.on_room()
+
+
+def join(one: End, other: End) -> None:
+    """Make a link of two ends."""
+    one.peer, other.peer = other, one
+
+
+def part(end: End) -> None:
+    """Unplug it."""
+    if end.peer is not None:
+        end.peer.peer = None
+        end.peer = None
