@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from avmm.bootloader import machine
 from avmm.bus import Bus
 from avmm.devices.gicv3 import Gicv3
-from avmm.devices.pl011 import Pl011, SerialBackend
-from avmm.devices.pl031 import Pl031
-from avmm.devices.virtio.transport import VIRTIO_MMIO_SIZE, EmptySlots, VirtioDevice, VirtioMmio
+from avmm.devices.gicv3.gic import GicState
+from avmm.devices.pl011 import Pl011, Pl011State, SerialBackend
+from avmm.devices.pl031 import Pl031, Pl031State
+from avmm.devices.virtio.transport import VIRTIO_MMIO_SIZE, EmptySlots, VirtioDevice, VirtioMmio, VirtioState
+from avmm.errors import ConfigError, GuestError
 from avmm.fdt import Node
 from avmm.memory import GuestMemory
+
+
+@dataclass(frozen=True, slots=True)
+class BoardState:
+    """Every device's state; ``virtio`` in the order of the slots, each with its device's name."""
+
+    gic: GicState
+    uart: Pl011State
+    rtc: Pl031State
+    virtio: tuple[tuple[str, VirtioState], ...]
 
 
 class Board:
@@ -71,6 +84,28 @@ class Board:
         """Let the devices work again: before the vCPUs."""
         for transport in self.virtio:
             transport.resume()
+
+    def save(self) -> BoardState:
+        """The state for a snapshot: while paused, and after the vCPUs'."""
+        virtio = tuple((transport.device.name, transport.save()) for transport in self.virtio)
+        return BoardState(self.gic.save(), self.uart.save(), self.rtc.save(), virtio)
+
+    def restore(self, state: BoardState) -> None:
+        """Back to a saved state: after guest memory, before the vCPUs and before :meth:`coroutines` run.
+
+        Raises ConfigError for one of another machine.
+        """
+        names = [transport.device.name for transport in self.virtio]
+        if [name for name, _ in state.virtio] != names:
+            raise ConfigError(f"the state is of a machine with other devices than {', '.join(names) or 'none'}")
+        try:
+            self.gic.restore(state.gic)
+            self.uart.restore(state.uart)
+            self.rtc.restore(state.rtc)
+            for transport, (_, saved) in zip(self.virtio, state.virtio, strict=True):
+                transport.restore(saved)
+        except (ValueError, GuestError) as error:
+            raise ConfigError(f"the state of a device cannot be restored: {error}") from error
 
     def close(self) -> None:
         """Let go of guest memory: when the coroutines have ended."""

@@ -86,6 +86,7 @@ class Clock:
     def __init__(self, timebase: Timebase | None = None) -> None:
         self.timebase = timebase or host_timebase()
         self.offset = self.timebase.now()  # CNTVCT_EL0 starts at zero with the VM
+        self._stopped: int | None = None  # host ticks when the guest's time was stopped
         self._scale: Fraction | None = None  # guest ticks in a host tick, where it is not one
 
     def set_counter_frequency(self, hz: int) -> None:
@@ -101,9 +102,38 @@ class Clock:
         """The host's monotonic time in nanoseconds."""
         return time.monotonic_ns()
 
+    def stop(self) -> None:
+        """The guest's time stands still from now on.
+
+        Its vCPUs are outside the guest, and learn of :attr:`offset`, which changes when it goes on, before they enter.
+        """
+        if self._stopped is None:
+            self._stopped = self.timebase.now()
+
+    def start(self) -> int:
+        """It goes on where it stood; how long it stood still, in nanoseconds."""
+        if self._stopped is None:
+            return 0
+        stood = self.timebase.now() - self._stopped
+        self._stopped = None
+        self.offset = self.offset + stood & _U64
+        return self.timebase.to_ns(stood)
+
+    @property
+    def elapsed(self) -> int:
+        """Host ticks of the guest's life so far: what :meth:`set_elapsed` goes on from in another VM."""
+        return self._ticks() - self.offset & _U64
+
+    def set_elapsed(self, ticks: int) -> None:
+        """The guest has lived for so many host ticks already."""
+        self.offset = self.timebase.now() - ticks & _U64
+
+    def _ticks(self) -> int:
+        return self.timebase.now() if self._stopped is None else self._stopped
+
     def guest_now(self) -> int:
         """CNTVCT_EL0, in ticks."""
-        return self._guest(self.timebase.now())
+        return self._guest(self._ticks())
 
     def _guest(self, ticks: int) -> int:
         passed = (ticks - self.offset) & _U64

@@ -11,12 +11,11 @@ is embedded in; it wakes whoever waits.
 from __future__ import annotations
 
 import asyncio
-import mmap
+import contextlib
 import os
-import sys
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, TypeVar
@@ -30,30 +29,28 @@ from avmm.backends.drive import Drive
 from avmm.backends.port import Port
 from avmm.backends.serial import SerialLine
 from avmm.board import Board
-from avmm.bootloader.image import Kernel, load_kernel, read_file
+from avmm.bootloader.image import load_kernel, read_file
 from avmm.bootloader.loader import ENTROPY_SIZE, Entry, load_linux, place
 from avmm.bootloader.machine import RAM_BASE, RNG_SEED_SIZE, build_fdt
 from avmm.clock import Clock, DeadlineTimers
 from avmm.config import DriveLike, VmConfig, drive_config
 from avmm.devices.virtio.transport import VirtioDevice
-from avmm.errors import AvmmError, ConfigError, GuestError, GuestGone, GuestPanic, HostError
+from avmm.errors import AvmmError, ConfigError, GuestError, GuestGone, GuestPanic
 from avmm.faults import Faults
-from avmm.guest.console import Console
+from avmm.guest.console import Console, ConsoleState
 from avmm.guest.panic import PanicWatch
 from avmm.hypervisor import Hypervisor, open_hypervisor
 from avmm.hypervisor.base import ExitKind
 from avmm.log import log
 from avmm.memory import GuestMemory, Region
 from avmm.monitor import Monitor
+from avmm.ram import Ram
+from avmm.snapshot.origin import Images, MachineState, Origin
 from avmm.trace import Trace
 from avmm.vcpu import sysregs
 from avmm.vcpu.loop import Event, VcpuLoop
 from avmm.vcpu.loop import Outcome as VcpuOutcome
 from avmm.vcpu.psci import Psci
-
-#: Linux's, which the mmap module of Python 3.11 does not name; macOS reserves nothing anyway.
-_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
-
 
 _A = TypeVar("_A", bound=Attachment)
 
@@ -74,13 +71,15 @@ class VirtualMachine:
     """One virtual machine. Make it inside a running event loop, then ``async with`` it, or ``start`` and ``stop`` it.
 
     ``keep_output``: how many bytes of console output to remember at least; None remembers all. ``monitor``: let
-    ``avmm top`` see this VM. ``trace``: a file for a timeline of its whole life, which Perfetto opens.
+    ``avmm top`` see this VM. ``trace``: a file for a timeline of its whole life, which Perfetto opens. ``origin``: the
+    machine it continues, which it closes; without one it boots its kernel.
     """
 
     def __init__(
         self,
         config: VmConfig,
         *,
+        origin: Origin | None = None,
         keep_output: int | None = None,
         monitor: bool = False,
         trace: str | os.PathLike[str] | None = None,
@@ -97,6 +96,13 @@ class VirtualMachine:
         self._lock = threading.RLock()
         self._clock = Clock()
         self._memory = GuestMemory()
+        self._ram: Ram | None = None
+        self._origin = origin
+        self._images = None if origin is None else origin.images
+        self._keep_output = keep_output
+        self._stilling = asyncio.Lock()  # held by whoever pauses or resumes
+        self._running = asyncio.Event()  # cleared while paused
+        self._running.set()
         self._attachments: list[Attachment] = []
         self._hypervisor: Hypervisor | None = None
         self._board: Board | None = None
@@ -126,31 +132,43 @@ class VirtualMachine:
         """Load the images, create the machine and let it run. Raises ImageError, EngineError or ConfigError."""
         if self.state != "created":
             raise ConfigError(f"a VM starts once; this one is {self.state}")
-        config = self.config
-        # Reading and unpacking take a while: not on the event loop.
-        kernel, initrd = await asyncio.to_thread(_read_images, config)
+        config, origin = self.config, self._origin
+        if origin is None:
+            await self._read_images()
         if self._trace_to is not None:
             self._trace = Trace(self._trace_to)
         timers = DeadlineTimers(asyncio.get_running_loop())
         try:
             hypervisor = self._hypervisor = open_hypervisor(config.engine, config.faults)
             _check_capabilities(config, hypervisor)
-            attachments = attachments_of(config)
+            attachments = attachments_of(config) if origin is None else origin.attachments
             await asyncio.to_thread(open_all, attachments)
             self._attachments = attachments
-            region = Region(RAM_BASE, _allocate(config.memory))
+            self._ram = Ram(config.memory, None if origin is None else origin.ram)
+            region = Region(RAM_BASE, self._ram.buffer)
             self._memory.add(region)
             hypervisor.map(region)
             self._memory.on_host_write = hypervisor.host_wrote
-            entry = self._assemble(kernel, initrd, timers)
+            self._assemble(timers)
+            entry = None
+            if origin is None:
+                entry = self._load()
+            else:
+                await self._continue(origin)
         except BaseException:
+            for vcpu in self._vcpus:
+                await vcpu.close()
             timers.close()
             self._release()
             await asyncio.to_thread(close_all, self._attachments)
             raise
+        finally:
+            self._origin = None
+            if origin is not None:
+                origin.close()
         self._mark("engine ready")
         self.state = "running"
-        self._supervisor = asyncio.create_task(self._supervise(kernel, initrd, timers, entry))
+        self._supervisor = asyncio.create_task(self._supervise(timers, entry))
         self._log.info("vm.started", memory=config.memory, cpus=config.cpus, engine=hypervisor.capabilities.name)
 
     async def wait(self) -> Outcome:
@@ -169,21 +187,109 @@ class VirtualMachine:
         self.state = "stopped"
 
     async def pause(self) -> None:
-        """Every vCPU comes to rest outside the guest, then the devices; the guest's clock runs on."""
-        self._expect_state("running")
-        self.state = "paused"
-        await asyncio.gather(*(vcpu.pause() for vcpu in self._vcpus))
-        if self._board is not None:
-            await self._board.pause()
+        """Every vCPU comes to rest outside the guest, then the devices; the guest's time stands still.
+
+        Cancelled, it leaves the VM running.
+        """
+        async with self._stilling:
+            await self._pause()
 
     async def resume(self) -> None:
         """Go on after :meth:`pause`."""
-        self._expect_state("paused")
-        self.state = "running"
+        async with self._stilling:
+            self._expect_state("paused")
+            self._resume()
+
+    async def _pause(self) -> None:
+        self._expect_state("running")
+        self.state = "paused"
+        self._running.clear()
+        try:
+            await asyncio.gather(*(vcpu.pause() for vcpu in self._vcpus))
+            self._clock.stop()
+            if self._board is not None:
+                await self._board.pause()
+        except BaseException:
+            self._resume()
+            raise
+
+    def _resume(self) -> None:
+        """From any point of :meth:`_pause` on; also when the VM has ended meanwhile."""
+        if self.state == "paused":
+            self.state = "running"
+        self._running.set()
         if self._board is not None:
             self._board.resume()
+        stood = self._clock.start()
         for vcpu in self._vcpus:
-            vcpu.resume()
+            vcpu.resume(stood)
+
+    # Twins.
+
+    def fork(self) -> Booting:
+        """A twin of this VM as it is now: ``async with vm.fork() as twin: ...``, or ``await vm.fork()``.
+
+        Memory is shared until either writes to it; what the twin writes to its disks is its own and forgotten with it.
+        This VM stands still for some milliseconds and then runs on, whatever happens to the twin. What was typed at its
+        console and not taken yet is not typed at the twin's. Raises ConfigError where the engine runs one VM only, or
+        the VM is not running or paused or has something that cannot be forked, and GuestGone when it ends meanwhile.
+        """
+        return Booting(self._twin)
+
+    async def _twin(self) -> VirtualMachine:
+        async with self._still():
+            origin = await self._capture()
+        return VirtualMachine(self.config, origin=origin, keep_output=self._keep_output)
+
+    @contextlib.asynccontextmanager
+    async def _still(self) -> AsyncIterator[None]:
+        """Paused inside the block, whether it was before or not."""
+        async with self._stilling:
+            if self.state == "paused":
+                yield
+                return
+            await self._pause()
+            try:
+                yield
+            finally:
+                self._resume()
+
+    async def _capture(self) -> Origin:
+        """The machine as it is, for another VM. Paused."""
+        board, ram, hypervisor = self._board, self._ram, self._hypervisor
+        if self._outcome is not None or board is None or ram is None or hypervisor is None:
+            raise GuestGone("the VM has ended, and there is nothing to fork")
+        if not hypervisor.capabilities.many_vms:
+            raise ConfigError(f"{hypervisor.capabilities.name} runs one VM in a process: fork with --engine softhv")
+        if not all(vcpu.exists for vcpu in self._vcpus):
+            raise GuestGone("the guest is powering off or resetting: there is nothing to fork")
+        # The vCPUs first: to save one may raise its timer's interrupt.
+        vcpus = await asyncio.gather(*(vcpu.save() for vcpu in self._vcpus))
+        self._line.flush()
+        console = ConsoleState(self.console.transcript.save(), self._panic.save())
+        state = MachineState(self._clock.elapsed, tuple(vcpus), board.save(), console)
+        attachments: list[Attachment] = []
+        try:
+            attachments += (each.fork() for each in self._attachments)
+            return Origin(state, ram.freeze(), attachments, self._images)
+        except BaseException:
+            close_all(attachments)
+            raise
+
+    async def _continue(self, origin: Origin) -> None:
+        """Put a machine's state into this one."""
+        board = self._board
+        assert board is not None
+        state = origin.state
+        origin.check(self.config.cpus, self.config.memory)
+        self.console.transcript.restore(state.console.transcript)
+        self._panic.restore(state.console.panic)
+        board.restore(state.board)
+        for vcpu in self._vcpus:
+            await vcpu.start()
+        self._clock.set_elapsed(state.elapsed)
+        for vcpu, saved in zip(self._vcpus, state.vcpus, strict=True):
+            await vcpu.restore(saved)
 
     @property
     def outcome(self) -> Outcome | None:
@@ -269,8 +375,8 @@ class VirtualMachine:
 
     # The machine between power-on and reset.
 
-    def _assemble(self, kernel: Kernel, initrd: bytes | None, timers: DeadlineTimers) -> Entry:
-        """A board and vCPUs fresh from reset, and the images in memory."""
+    def _assemble(self, timers: DeadlineTimers) -> None:
+        """A board and vCPUs fresh from reset."""
         assert self._hypervisor is not None
         cpus = self.config.cpus
         if self._board is not None:
@@ -296,17 +402,27 @@ class VirtualMachine:
         if self._trace is not None:
             for vcpu in self._vcpus:
                 self._trace.attach(vcpu, board.bus)
+
+    async def _read_images(self) -> None:
+        if self._images is None:  # reading and unpacking take a while: not on the event loop
+            self._images = await asyncio.to_thread(_read_images, self.config)
+
+    def _load(self) -> Entry:
+        """The images into memory, for a machine fresh from reset."""
+        assert self._board is not None
+        assert self._images is not None
+        kernel, initrd = self._images
         return load_linux(
             self._memory,
             kernel,
             initrd,
             cmdline=self.config.cmdline,
-            cpus=[sysregs.mpidr(index) for index in range(cpus)],
-            devices=board.nodes(),
+            cpus=[sysregs.mpidr(index) for index in range(self.config.cpus)],
+            devices=self._board.nodes(),
             entropy=os.urandom(ENTROPY_SIZE),
         )
 
-    async def _supervise(self, kernel: Kernel, initrd: bytes | None, timers: DeadlineTimers, entry: Entry) -> None:
+    async def _supervise(self, timers: DeadlineTimers, entry: Entry | None) -> None:
         outcome = Outcome("stopped")
         monitoring = None if self._monitor is None else asyncio.create_task(self._monitor.run())
         try:
@@ -315,7 +431,10 @@ class VirtualMachine:
                 if outcome.reason != "reset" or not self.config.reboot or self._stopping.is_set():
                     break
                 self._log.info("vm.rebooting")
-                entry = self._assemble(kernel, initrd, timers)
+                await self._running.wait()
+                await self._read_images()
+                self._assemble(timers)
+                entry = self._load()
         except AvmmError as error:
             outcome = Outcome("fault", error)
         finally:
@@ -336,8 +455,11 @@ class VirtualMachine:
                 await cancel(monitoring)
             self._log.info("vm.ended", reason=outcome.reason, error=str(outcome.error or ""))
 
-    async def _run(self, entry: Entry) -> VcpuOutcome:
-        """From power-on until a vCPU reports an end, or :meth:`stop`; leaves no task and no thread."""
+    async def _run(self, entry: Entry | None) -> VcpuOutcome:
+        """From power-on until a vCPU reports an end, or :meth:`stop`; leaves no task and no thread.
+
+        Without ``entry`` the vCPUs go on from where they are.
+        """
         board, psci = self._board, self._psci
         assert board is not None
         assert psci is not None
@@ -347,8 +469,9 @@ class VirtualMachine:
                 coroutines = [self._trace.work(coroutine) for coroutine in coroutines]
             coroutines += [each.run() for each in self._attachments]
             work = [tasks.create_task(coroutine) for coroutine in coroutines]
-            with self._lock:
-                psci.power_on(0, entry.pc, entry.x0)
+            if entry is not None:
+                with self._lock:
+                    psci.power_on(0, entry.pc, entry.x0)
             self._mark("first instruction")
             runs = [tasks.create_task(_report(vcpu)) for vcpu in self._vcpus]
             stopping = tasks.create_task(self._stopping.wait())
@@ -377,6 +500,8 @@ class VirtualMachine:
             self._fault_counts = hypervisor.fault_counts()
             hypervisor.close()
         self._memory.close()
+        if self._ram is not None:
+            self._ram.close()
         if self._trace is not None:
             self._trace.close()
 
@@ -402,18 +527,17 @@ class VirtualMachine:
 
 
 class Booting:
-    """What :func:`boot` returns: await it, or ``async with`` it."""
+    """What :func:`boot` and :meth:`VirtualMachine.fork` return: await it, or ``async with`` it."""
 
-    def __init__(self, config: VmConfig, **options: Any) -> None:
-        self._config = config
-        self._options = options  # VirtualMachine's
+    def __init__(self, make: Callable[[], Awaitable[VirtualMachine]]) -> None:
+        self._make = make
         self._vm: VirtualMachine | None = None
 
     def __await__(self) -> Generator[Any, None, VirtualMachine]:
         return self.__aenter__().__await__()
 
     async def __aenter__(self) -> VirtualMachine:
-        vm = self._vm = VirtualMachine(self._config, **self._options)
+        vm = self._vm = await self._make()
         await vm.start()
         return vm
 
@@ -464,7 +588,11 @@ def boot(
         drives=drives,
         ports=ports,
     )
-    return Booting(config, keep_output=keep_output, monitor=monitor, trace=trace)
+
+    async def make() -> VirtualMachine:
+        return VirtualMachine(config, keep_output=keep_output, monitor=monitor, trace=trace)
+
+    return Booting(make)
 
 
 def describe(config: VmConfig) -> dict[str, Any]:
@@ -527,18 +655,9 @@ class _Unconnected:
         pass
 
 
-def _read_images(config: VmConfig) -> tuple[Kernel, bytes | None]:
+def _read_images(config: VmConfig) -> Images:
     kernel = load_kernel(config.kernel, config.memory)
     return kernel, None if config.initrd is None else read_file(config.initrd, "initrd", config.memory)
-
-
-def _allocate(size: int) -> mmap.mmap:
-    """Guest RAM: pages the guest never touches cost nothing. Raises HostError."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    try:
-        return mmap.mmap(-1, size, flags=flags)
-    except OSError as error:
-        raise HostError(f"the host has no {size >> 20} MiB for the guest ({error.strerror}): give it less") from error
 
 
 def _check_capabilities(config: VmConfig, hypervisor: Hypervisor) -> None:

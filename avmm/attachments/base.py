@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from avmm.devices.virtio.transport import VirtioDevice
+from avmm.errors import ConfigError
 
 
 class Attachment:
@@ -30,6 +31,11 @@ class Attachment:
 
     def close(self) -> None:
         """Store what is to be stored, and let go of everything. Blocks; on a thread. Raises HostError."""
+
+    def fork(self) -> Attachment:
+        """One for a twin of the machine, which stands still meanwhile; its device is to go on from this one's state.
+        Opened or closed by the caller. Raises ConfigError where there can be none."""
+        raise ConfigError(f"a VM with {self.section or type(self).__name__} cannot be forked")
 
     def describe(self) -> list[Any]:
         """Between ``open`` and ``close``: plain data, to be shown as part of the list named :attr:`section`."""

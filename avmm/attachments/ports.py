@@ -32,6 +32,10 @@ class PortsAttachment(Attachment):
         if self._console is not None:
             self._console.resize(list(self.ports).index(port), columns, rows)
 
+    def fork(self) -> PortsAttachment:
+        """See :class:`Attachment`: what either side has not read yet stays behind."""
+        return PortsAttachment(list(self.ports))
+
     def gone(self) -> None:
         """See :class:`Attachment`."""
         for port in self.ports.values():

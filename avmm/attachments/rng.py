@@ -15,3 +15,7 @@ class RngAttachment(Attachment):
     def device(self) -> VirtioDevice:
         """See :class:`Attachment`."""
         return Rng(os.urandom)
+
+    def fork(self) -> RngAttachment:
+        """See :class:`Attachment`: fresh entropy."""
+        return RngAttachment()

@@ -67,14 +67,15 @@ class SerialLine:
     def close(self) -> None:
         """The guest is gone: deliver the last output and let nobody wait any more."""
         self._closed = True
-        self._flush()
+        self.flush()
         self._drained.set()
 
     def _gather(self) -> None:
         if not self._closed:
-            self._loop.call_later(GATHER, self._flush)
+            self._loop.call_later(GATHER, self.flush)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Deliver what has gathered."""
         self._gathering = False  # before the pops: what is appended after them asks for another flush
         pieces = []
         while self._output:

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
-from avmm.guest.transcript import Transcript
+from avmm.guest.transcript import Transcript, TranscriptState
+
+
+@dataclass(frozen=True, slots=True)
+class ConsoleState:
+    """What a console has shown, and what of a panic was seen on it."""
+
+    transcript: TranscriptState
+    panic: tuple[str | None, bytes]
 
 
 class Keyboard(Protocol):

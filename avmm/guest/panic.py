@@ -25,6 +25,14 @@ class PanicWatch:
         self._on_dead = on_dead
         self._line = b""
 
+    def save(self) -> tuple[str | None, bytes]:
+        """What has been seen, for :meth:`restore`."""
+        return self.reason, self._line
+
+    def restore(self, state: tuple[str | None, bytes]) -> None:
+        """Go on where another has been."""
+        self.reason, self._line = state
+
     def feed(self, data: bytes) -> None:
         """Look at more output."""
         *lines, rest = (self._line + data).split(b"\n")

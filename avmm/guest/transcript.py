@@ -10,6 +10,7 @@ import asyncio
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from avmm.errors import GuestError, WaitTimeout
 
@@ -18,6 +19,15 @@ LOOK_BACK = 64 * 1024
 
 #: Bytes of output quoted in a timeout's message and kept in its ``tail``.
 TAIL = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class TranscriptState:
+    """What is remembered, after so many bytes that are not, and the cursor."""
+
+    dropped: int
+    data: bytes
+    cursor: int
 
 
 class Transcript:
@@ -50,6 +60,15 @@ class Transcript:
         for listener in self._listeners:
             listener(data)
         self._wake()
+
+    def save(self) -> TranscriptState:
+        """The record so far."""
+        return TranscriptState(self._dropped, bytes(self.data), self.cursor)
+
+    def restore(self, state: TranscriptState) -> None:
+        """Go on from another's record; nobody waits yet."""
+        self._dropped, self.cursor = state.dropped, state.cursor
+        self.data[:] = state.data
 
     def close(self, reason: GuestError) -> None:
         """No more output will come; everybody who waits gets ``reason``."""

@@ -142,6 +142,7 @@ class VcpuLoop:
         self._vtimer_high = False  # what we drive PPI 27 with
         self._overdue: int | None = None  # the CVAL that a WFI found expired
         self._due: int | None = None  # when the timer fires that the guest sleeps for
+        self._offset: int | None = None  # the clock's, as the engine has it
         self._thread: VcpuThread | None = None
         self._job: asyncio.Future[Event] | None = None
         self._resumed = asyncio.Event()
@@ -170,7 +171,7 @@ class VcpuLoop:
                 await self.start()
             return await self._run()
         finally:
-            await outlast(asyncio.ensure_future(self._close()))
+            await outlast(asyncio.ensure_future(self.close()))
 
     async def _run(self) -> Outcome:
         parking = self.parking
@@ -191,11 +192,15 @@ class VcpuLoop:
         """Bring the vCPU to a safe point: outside the guest, no exit half served. A parked one is there already."""
         self._resumed.clear()
         self.parking.request(PAUSE)
+        self.parking.hold()
         await self._settle()
 
-    def resume(self) -> None:
-        """Go on after :meth:`pause`."""
+    def resume(self, late_ns: int = 0) -> None:
+        """Go on after :meth:`pause`. The guest's time stood still for ``late_ns`` nanoseconds: so are its deadlines."""
+        if self._due is not None:
+            self._due += late_ns
         self.parking.withdraw(PAUSE)
+        self.parking.unhold(late_ns)
         self._resumed.set()
 
     async def stop(self) -> None:
@@ -227,7 +232,8 @@ class VcpuLoop:
         if self._job is not None:
             await asyncio.wait((self._job,))
 
-    async def _close(self) -> None:
+    async def close(self) -> None:
+        """Destroy the vCPU and join its thread: what :meth:`run` does at its end."""
         await self.stop()
         self.parking.stopped()
         thread, self._thread = self._thread, None
@@ -245,7 +251,7 @@ class VcpuLoop:
         pfr0 = vcpu.get_sysreg(sysregs.ID_AA64PFR0_EL1)
         if not pfr0 >> 24 & 0xF:  # the GIC's system register interface: we provide it, the engine need not know
             vcpu.set_sysreg(sysregs.ID_AA64PFR0_EL1, pfr0 | 1 << 24)
-        vcpu.set_vtimer_offset(self._clock.offset)
+        self._set_offset(vcpu)
         with contextlib.suppress(EngineError):  # not every engine tells; then it is the timebase's
             self._clock.set_counter_frequency(vcpu.get_sysreg(sysregs.CNTFRQ_EL0))
         self._sctlr_at_reset = vcpu.get_sysreg(sysregs.SCTLR_EL1)
@@ -273,6 +279,7 @@ class VcpuLoop:
 
     def _restore(self, vcpu: Vcpu, state: VcpuState) -> None:
         apply(vcpu, state, self._clock.offset)
+        self._offset = self._clock.offset
         self._due = None
         with self._lock:
             # As the timer's output is now, which the snapshot's interrupt controller need not have known.
@@ -296,6 +303,8 @@ class VcpuLoop:
         irq = frame.irq
         kind = _CANCELED  # nothing to serve yet
         try:
+            if self._offset != self._clock.offset:
+                self._set_offset(vcpu)
             with lock:
                 self._begin(vcpu)
                 self._slept(vcpu)
@@ -338,6 +347,10 @@ class VcpuLoop:
         except AvmmError as error:
             self._error = error
             return Event.FAULT
+
+    def _set_offset(self, vcpu: Vcpu) -> None:
+        self._offset = self._clock.offset
+        vcpu.set_vtimer_offset(self._offset)
 
     def _begin(self, vcpu: Vcpu) -> None:
         """After CPU_ON: the state a vCPU starts in (DEN 0022, 6.4.3)."""
@@ -562,6 +575,11 @@ class VcpuLoop:
             "aborts": counters.aborts,
             "undefined": counters.undefined,
         }
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a vCPU behind it now, whose state could be saved."""
+        return self._vcpu is not None
 
     @property
     def mode(self) -> Mode:

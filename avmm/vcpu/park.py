@@ -100,7 +100,7 @@ class Parking:
     """
 
     __slots__ = (
-        "_early_ns", "_future", "_gate", "_loop", "_loop_thread", "_timers", "_watch",
+        "_early_ns", "_future", "_gate", "_loop", "_loop_thread", "_timer", "_timers", "_watch",
         "attention", "called", "deadline", "entered", "irq", "kick", "lingering", "lock", "mode", "on_irq", "stats",
         "wakes", "watched",
     )  # fmt: skip
@@ -122,6 +122,7 @@ class Parking:
         self._loop = loop
         self._loop_thread = threading.get_ident()
         self._timers = timers
+        self._timer: Timer | None = None  # ends the coroutine's wait
         self._future: asyncio.Future[None] | None = None
         self._watch: asyncio.TimerHandle | None = None  # looks whether who was called has come
         self._early_ns = 0
@@ -216,6 +217,19 @@ class Parking:
         with self.lock:
             self.attention &= ~attention
 
+    def hold(self) -> None:
+        """After a pause was requested, on the loop: no deadline ends this sleep before :meth:`unhold`."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def unhold(self, late_ns: int) -> None:
+        """After the pause was withdrawn, on the loop: the guest's time stood still for ``late_ns`` nanoseconds."""
+        with self.lock:
+            if self.deadline is not None:
+                self.deadline += late_ns
+        self._set_timer()
+
     def stopped(self) -> None:
         """The vCPU is about to be destroyed: nothing wakes or kicks it any more."""
         with self.lock:
@@ -273,13 +287,16 @@ class Parking:
             future = self.begin_wait()
         if future is None:
             return
-        timer = None if self.deadline is None else self._timers.at(self.deadline, self.expire)
+        self._set_timer()
         try:
             await future
         finally:
-            if timer is not None:
-                timer.cancel()
+            self.hold()
             self._future = None
+
+    def _set_timer(self) -> None:
+        if self._future is not None and self.deadline is not None and not self.attention & PAUSE:
+            self._timer = self._timers.at(self.deadline, self.expire)
 
     def begin_wait(self) -> asyncio.Future[None] | None:
         """The future that the next wake resolves; None when there is nothing to wait for. The lock is held."""

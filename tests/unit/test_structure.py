@@ -23,6 +23,7 @@ BELOW = {
     "irq": set(),
     "clock": {"errors"},
     "faults": {"errors"},
+    "ram": {"errors"},
     "config": {"errors", "faults"},
     "hypervisor": {"errors", "faults", "memory"},
     "vcpu": {"errors", "bus", "clock", "hypervisor", "irq", "aio"},

@@ -1,0 +1,130 @@
+"""A booted VM has twins: each goes on from the same moment and then its own way."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+import pytest
+
+import avmm
+from avmm.debian import Fetched
+from tests.guest.conftest import READY
+
+pytestmark = pytest.mark.guest
+
+
+async def answer(vm: avmm.VirtualMachine, command: str, timeout: float = 60) -> str:
+    """What the guest's shell prints for ``command``."""
+    vm.console.write(f"echo '<'begin'>'; {command}; echo '<'end'>'\n".encode())
+    found = await vm.console.expect(rb"<begin>\r\n(?s:(.*?))<end>\r", timeout=timeout)
+    return found[1].decode().replace("\r", "")
+
+
+async def prompt(vm: avmm.VirtualMachine) -> None:
+    await vm.console.expect(READY, timeout=120)
+    await vm.console.expect(rb"# ", timeout=60)
+
+
+async def test_a_twin_goes_on_from_the_same_moment(debian: Fetched) -> None:
+    async with avmm.boot(debian.kernel, debian.initrd) as vm:
+        await prompt(vm)
+        await answer(vm, "echo before >/tmp/state; mkdir /tmp/d")
+        async with vm.fork() as twin:
+            assert twin.console.output == vm.console.output
+            assert await answer(twin, "cat /tmp/state; ls -d /tmp/d; echo twin >/tmp/state") == "before\n/tmp/d\n"
+            assert await answer(vm, "cat /tmp/state; echo parent >/tmp/state") == "before\n"
+            async with twin.fork() as grandchild:
+                assert await answer(grandchild, "cat /tmp/state") == "twin\n"
+            assert await answer(vm, "cat /tmp/state") == "parent\n"
+            twin.console.write(b"poweroff -f\n")
+            assert (await twin.wait()).reason == "power-off"
+        assert await answer(vm, "cat /tmp/state") == "parent\n"
+
+
+async def test_several_at_once_and_the_parent_may_go_first(debian: Fetched) -> None:
+    vm = await avmm.boot(debian.kernel, debian.initrd)
+    await prompt(vm)
+    twins = await asyncio.gather(*(vm.fork() for _ in range(5)))
+    await vm.stop()
+    said = await asyncio.gather(*(answer(twin, f"echo $(({number} * 11))") for number, twin in enumerate(twins)))
+    assert said == [f"{number * 11}\n" for number in range(5)]
+    # The last one standing may be forked as well.
+    for twin in twins[1:]:
+        await twin.stop()
+    async with twins[0].fork() as last:
+        assert await answer(last, "echo last") == "last\n"
+    await twins[0].stop()
+    with pytest.raises(avmm.ConfigError, match="it is stopped"):
+        await vm.fork()
+
+
+async def test_four_vcpus_go_on(debian: Fetched) -> None:
+    async with avmm.boot(debian.kernel, debian.initrd, cpus=4) as vm:
+        await prompt(vm)
+        async with vm.fork() as twin:
+            for one in (twin, vm):
+                script = "for n in 0 1 2 3; do taskset $((1 << n)) sh -c 'echo on $(nproc)' & done; wait"
+                assert (await answer(one, script)).count("on 1\n") == 4
+
+
+async def test_guest_time_stands_still_while_paused(debian: Fetched) -> None:
+    async with avmm.boot(debian.kernel, debian.initrd) as vm:
+        await prompt(vm)
+        before = float((await answer(vm, "cat /proc/uptime")).split()[0])
+        await vm.pause()
+        await asyncio.sleep(3)
+        await vm.resume()
+        async with vm.fork() as twin:
+            for one in (vm, twin):
+                assert float((await answer(one, "cat /proc/uptime")).split()[0]) < before + 2
+
+
+async def test_a_timer_that_was_armed_fires_in_both(debian: Fetched) -> None:
+    async with avmm.boot(debian.kernel, debian.initrd, cpus=2) as vm:
+        await prompt(vm)
+        vm.console.write(b"cat /proc/uptime; sleep 1; cat /proc/uptime; echo SLE''PT\n")
+        await vm.console.expect(rb"\n\d+\.\d+ ", timeout=60)
+        async with vm.fork() as twin:
+            for one in (twin, vm):
+                await one.console.expect(b"SLEPT", timeout=60)
+                first, last = (float(text) for text in re.findall(rb"\n(\d+\.\d+) \d+", one.console.output)[-2:])
+                assert 1.0 <= last - first < 3.0
+
+
+async def test_a_twin_resets_like_any_machine(debian: Fetched) -> None:
+    async with avmm.boot(debian.kernel, debian.initrd) as vm:
+        await prompt(vm)
+        async with vm.fork() as twin:
+            twin.console.write(b"reboot -f\n")
+            await prompt(twin)
+            assert await answer(twin, "echo again") == "again\n"
+
+
+async def test_the_parent_runs_on_whatever_happens_to_the_fork(debian: Fetched) -> None:
+    async with avmm.boot(debian.kernel, debian.initrd, cpus=2, drives=[]) as vm:
+        await prompt(vm)
+        for turns in range(12):
+            task = asyncio.create_task(_forked(vm))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            assert vm.state == "running"
+        assert await answer(vm, "echo alive") == "alive\n"
+
+
+async def _forked(vm: avmm.VirtualMachine) -> None:
+    async with vm.fork():
+        pass
+
+
+async def test_a_paused_parent_stays_paused(debian: Fetched) -> None:
+    async with avmm.boot(debian.kernel, debian.initrd) as vm:
+        await prompt(vm)
+        await vm.pause()
+        async with vm.fork() as twin:
+            assert await answer(twin, "echo twin") == "twin\n"
+            assert vm.state == "paused"
+        await vm.resume()
+        assert await answer(vm, "echo parent") == "parent\n"
