@@ -26,7 +26,7 @@ CMDLINE_MAX = 2047
 #: `panic=-1` makes a panicking kernel reset at once, which is how we learn of it.
 DEFAULT_CMDLINE = "console=ttyAMA0 panic=-1"
 
-ENGINES = ("auto", "framework", "softhv", "softhv,interpreter")
+ENGINES = ("auto", "framework", "softhv", "softhv,interpreter", "softhv,turns")
 
 DISK_FORMATS = ("raw", "qcow2")
 

@@ -23,7 +23,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     p.add_argument("--cmdline", metavar="ARGS", help="replace the default kernel command line")
     p.add_argument("-m", "--memory", metavar="SIZE", default="512M", help="guest RAM (default 512M)")
     p.add_argument("-c", "--cpus", metavar="N", type=int, default=1, help="number of vCPUs (default 1)")
-    p.add_argument("--engine", default="auto", help="auto, framework, softhv or softhv,interpreter (default auto)")
+    p.add_argument(
+        "--engine", default="auto", help="auto, framework, softhv, softhv,interpreter or softhv,turns (default auto)"
+    )
     p.add_argument("--fault", metavar="SPEC", help="make softhv misbehave, as in unknown=0.1,late-kick=200us")
     p.add_argument(
         "-d", "--drive", metavar="PATH[,ro][,snapshot][,format=raw|qcow2]", action="append", default=[], dest="drives",

@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 #: Every engine's name, the preferred first.
-ENGINES = ("framework", "softhv", "softhv,interpreter")
+ENGINES = ("framework", "softhv", "softhv,interpreter", "softhv,turns")
 
 
 def available_engines() -> tuple[str, ...]:
@@ -43,10 +43,10 @@ def open_hypervisor(name: str = "auto", faults: Faults | None = None) -> Hypervi
     if faults is not None and not name.startswith("softhv"):
         raise ConfigError(f"faults are softhv's: use --engine softhv, not {name}")
     # Imported only now: loading an engine costs milliseconds that `import avmm` must not.
-    if name in ("softhv", "softhv,interpreter"):
+    if name in ENGINES[1:]:
         from avmm.hypervisor.softhv import Softhv
 
-        return Softhv(compiled=name == "softhv", faults=faults)
+        return Softhv(compiled=name != "softhv,interpreter", turns=name == "softhv,turns", faults=faults)
     if name == "framework":
         from avmm.hypervisor.framework import Framework
 

@@ -19,7 +19,7 @@ def test_auto_is_the_first_available() -> None:
 
 
 def test_unknown_engine_is_told_the_names() -> None:
-    with pytest.raises(ConfigError, match="use auto, framework, softhv or softhv,interpreter"):
+    with pytest.raises(ConfigError, match="use auto, framework, softhv, softhv,interpreter or softhv,turns"):
         open_hypervisor("qemu")
 
 

@@ -29,7 +29,10 @@ class SofthvVcpu(NativeVcpu):
 
 
 class Softhv(NativeHypervisor):
-    """One of any number of softhv VMs in the process; ``compiled`` says whether it may compile guest code."""
+    """One of any number of softhv VMs in the process.
+
+    ``compiled`` says whether it may compile guest code, ``turns`` that one vCPU runs at a time.
+    """
 
     name = "softhv"
     many_vms = True
@@ -38,8 +41,9 @@ class Softhv(NativeHypervisor):
     #: Bytes of compiled code kept at once; 0: as many as the engine likes.
     CODE_LIMIT = 0
 
-    def __init__(self, *, compiled: bool = True, faults: Faults | None = None) -> None:
+    def __init__(self, *, compiled: bool = True, turns: bool = False, faults: Faults | None = None) -> None:
         self._faults = faults
+        self._turns = turns
         self._compile_after = self.COMPILE_AFTER if compiled else lib.SOFTHV_NO_JIT
         super().__init__(ffi, lib)
 
@@ -51,6 +55,7 @@ class Softhv(NativeHypervisor):
         if code and code & 0xFFFF_FFFF != UNSUPPORTED:
             lib.softhv_vm_free(self._vm)
             fail("softhv_vm_set_jit", code)
+        lib.softhv_vm_set_turns(self._vm, self._turns)  # cannot fail: there is no vCPU yet
         self._enter()
         super()._create()
         if self._faults is not None:

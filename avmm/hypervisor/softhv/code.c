@@ -9,8 +9,7 @@ enum {
     ARENA_SIZE = 64 << 20,
     BLOCK_BYTES = sizeof(struct block) + (BLOCK_MAX + 1) * sizeof(struct uop),
     BUCKETS = 1 << 15,
-    PAGE_BUCKETS = 1 << 12,
-    MARKS = 1 << 20 /* pages, so 4 GiB before two share a mark */
+    PAGE_BUCKETS = 1 << 12
 };
 
 /* A page of guest code, in the arena. It outlives its blocks, until the next flush. */
@@ -29,7 +28,6 @@ struct code {
     size_t used;
     struct block *bucket[BUCKETS];
     struct code_page *page[PAGE_BUCKETS];
-    _Atomic uint64_t marked[MARKS / 64]; /* pages that may have blocks */
 };
 
 static unsigned bucket_of(uint64_t pa) { return ((pa >> 2) ^ (pa >> 17)) & (BUCKETS - 1); }
@@ -37,7 +35,7 @@ static struct code_page **page_bucket(struct code *code, uint64_t pa) {
     return &code->page[((pa >> PAGE_BITS) ^ (pa >> (PAGE_BITS + 12))) & (PAGE_BUCKETS - 1)];
 }
 
-bool code_create(struct vm *vm) {
+bool code_create(struct vcpu *c) {
     struct code *code = calloc(1, sizeof *code);
     if (!code)
         return false;
@@ -46,24 +44,25 @@ bool code_create(struct vm *vm) {
         free(code);
         return false;
     }
-    vm->code = code;
+    c->cache = code;
     return true;
 }
 
-void code_destroy(struct vm *vm) {
-    munmap(vm->code->arena, ARENA_SIZE);
-    free(vm->code);
-    vm->code = NULL;
+void code_destroy(struct vcpu *c) {
+    munmap(c->cache->arena, ARENA_SIZE);
+    free(c->cache);
+    c->cache = NULL;
 }
 
 bool code_maybe(struct vm *vm, uint64_t pa) {
-    uint64_t index = (pa >> PAGE_BITS) & (MARKS - 1);
-    return atomic_load_explicit(&vm->code->marked[index / 64], memory_order_relaxed) >> (index % 64) & 1;
+    uint64_t index = (pa >> PAGE_BITS) & (CODE_MARKS - 1);
+    return atomic_load_explicit(&vm->marked[index / 64], memory_order_relaxed) >> (index % 64) & 1;
 }
 
-static void mark(struct code *code, uint64_t pa) {
-    uint64_t index = (pa >> PAGE_BITS) & (MARKS - 1);
-    atomic_fetch_or(&code->marked[index / 64], UINT64_C(1) << (index % 64));
+/* Never taken back: a page that had code once is asked after for ever. */
+static void mark(struct vm *vm, uint64_t pa) {
+    uint64_t index = (pa >> PAGE_BITS) & (CODE_MARKS - 1);
+    atomic_fetch_or(&vm->marked[index / 64], UINT64_C(1) << (index % 64));
 }
 
 static struct code_page *find_page(struct code *code, uint64_t pa) {
@@ -80,39 +79,32 @@ static void *take(struct code *code, size_t size) {
     return start;
 }
 
-void code_flush(struct vm *vm) {
-    struct code *code = vm->code;
+void code_flush(struct vcpu *c) {
+    struct code *code = c->cache;
     memset(code->bucket, 0, sizeof code->bucket);
     memset(code->page, 0, sizeof code->page);
-    for (size_t i = 0; i < MARKS / 64; i++)
-        atomic_store_explicit(&code->marked[i], 0, memory_order_relaxed);
     madvise(code->arena, code->used, MADV_DONTNEED);
     code->used = 0;
-    jit_flush(vm);
-    vm->code_gen++;
-    if (vm->turn)
-        vm->turn->counters.flushes++;
+    jit_flush(c);
+    tlb_drop_code(c);
+    c->counters.flushes++;
 }
 
-bool code_full(const struct vm *vm) { return vm->code->used > ARENA_SIZE - 2 * (BLOCK_BYTES + 2 * 64); }
+bool code_full(const struct vcpu *c) { return c->cache->used > ARENA_SIZE - 2 * (BLOCK_BYTES + 2 * 64); }
 
-const uint8_t *code_arena(const struct vm *vm) { return vm->code->arena; }
+const uint8_t *code_arena(const struct vcpu *c) { return c->cache->arena; }
 
 struct block *code_block(struct vcpu *c, uint64_t pa, const uint8_t *host) {
-    struct vm *vm = c->vm;
-    struct code *code = vm->code;
+    struct code *code = c->cache;
     struct block *block = code->bucket[bucket_of(pa)];
     while (block && block->pa != pa)
         block = block->bucket;
     if (block)
         return block;
-    if (code_full(vm)) {
-        code_flush(vm);
-        tlb_drop_code(c);
-        c->code_gen = vm->code_gen;
-    }
+    if (code_full(c))
+        code_flush(c);
     uint64_t page_pa = pa & ~(uint64_t)(PAGE_SIZE - 1);
-    mark(code, page_pa); /* before the guest's bytes are read: see softhv_invalidate() */
+    mark(c->vm, page_pa); /* before the guest's bytes are read: see mail_code() */
     struct code_page *page = find_page(code, page_pa);
     if (!page) {
         struct code_page **head = page_bucket(code, page_pa);
@@ -122,7 +114,7 @@ struct block *code_block(struct vcpu *c, uint64_t pa, const uint8_t *host) {
     }
     block = (struct block *)(code->arena + code->used);
     decode_block(block, pa, host, false);
-    block->cold = jit_threshold(vm);
+    block->cold = jit_threshold(c);
     block->code = NULL;
     take(code, sizeof *block + (block->count + 1) * sizeof(struct uop));
     block->page = page->blocks;
@@ -134,46 +126,45 @@ struct block *code_block(struct vcpu *c, uint64_t pa, const uint8_t *host) {
     return block;
 }
 
-const struct block *code_trace(struct vm *vm, const struct block *block) {
-    struct ram *ram = vm_ram(vm, block->pa);
-    if (!ram || code_full(vm))
+const struct block *code_trace(struct vcpu *c, const struct block *block) {
+    struct ram *ram = vm_ram(c->vm, block->pa);
+    if (!ram || code_full(c))
         return NULL;
-    struct block *trace = (struct block *)(vm->code->arena + vm->code->used);
+    struct block *trace = (struct block *)(c->cache->arena + c->cache->used);
     decode_block(trace, block->pa, ram->host + (block->pa - ram->ipa), true);
     if (!trace->count)
         return NULL;
-    take(vm->code, sizeof *trace + (trace->count + 1) * sizeof(struct uop));
+    take(c->cache, sizeof *trace + (trace->count + 1) * sizeof(struct uop));
     return trace;
 }
 
-static void drop_page(struct vm *vm, struct code_page *page) {
+static void drop_page(struct vcpu *c, struct code_page *page) {
     for (struct block *block = page->blocks; block; block = block->page) {
-        struct block **link = &vm->code->bucket[bucket_of(block->pa)];
+        struct block **link = &c->cache->bucket[bucket_of(block->pa)];
         while (*link != block)
             link = &(*link)->bucket;
         *link = block->bucket;
-        jit_drop(vm, block, block->pa);
-        block->pa = BLOCK_DROPPED; /* vCPUs may still know it */
+        jit_drop(c, block, block->pa);
+        block->pa = BLOCK_DROPPED; /* the jump cache may still know it */
         block->cold = 0;
     }
     page->blocks = NULL;
-    if (vm->turn)
-        vm->turn->counters.invalidations++;
+    c->counters.invalidations++;
 }
 
-void code_invalidate(struct vm *vm, uint64_t pa, uint64_t size) {
+void code_invalidate(struct vcpu *c, uint64_t pa, uint64_t size) {
     uint64_t end = size > UINT64_MAX - pa ? UINT64_MAX : pa + size;
     uint64_t first = pa & ~(uint64_t)(PAGE_SIZE - 1);
     if ((end - first) >> PAGE_BITS >= PAGE_BUCKETS) { /* fewer pages are known than asked for */
         for (size_t i = 0; i < PAGE_BUCKETS; i++)
-            for (struct code_page *page = vm->code->page[i]; page; page = page->next)
+            for (struct code_page *page = c->cache->page[i]; page; page = page->next)
                 if (page->blocks && page->pa >= first && page->pa < end)
-                    drop_page(vm, page);
+                    drop_page(c, page);
         return;
     }
     for (uint64_t at = first; at < end; at += PAGE_SIZE) {
-        struct code_page *page = code_maybe(vm, at) ? find_page(vm->code, at) : NULL;
+        struct code_page *page = code_maybe(c->vm, at) ? find_page(c->cache, at) : NULL;
         if (page && page->blocks)
-            drop_page(vm, page);
+            drop_page(c, page);
     }
 }

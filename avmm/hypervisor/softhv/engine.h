@@ -2,8 +2,9 @@
  * The engine's insides: what a vCPU is, what a decoded instruction is, and who may call what.
  *
  *   vm.c         VMs, guest RAM, hv_vm_*                    mmu.c        page table walks, the TLB
- *   vcpu.c       vCPU life, registers, turns, kicks         exception.c  taking exceptions to EL1
+ *   vcpu.c       vCPU life, registers, kicks                exception.c  taking exceptions to EL1
  *   run.c        hv_vcpu_run: dispatch, polling, the timer  sysreg.c     system registers
+ *   mail.c       what vCPUs make each other forget
  *   decode.c     tables, instruction -> uop, blocks         code.c       the cache of blocks
  *   exec_int.c   data processing, branches                  exec_fp.c    scalar floating point
  *   exec_mem.c   loads, stores, atomics, exclusives         exec_simd*.c Advanced SIMD
@@ -11,6 +12,11 @@
  *   exec_sys.c   MSR/MRS, hints, barriers, cache, TLBI      exec_crypto.c, fpu.c
  *
  * No mutable global state but the table of vCPU handles (the ABI's) and the decode index (built once).
+ *
+ * vCPUs run side by side, each on its own thread, and share guest memory, the RAM map and nothing else: TLB, decoded
+ * blocks and compiled code are each vCPU's own, touched by its thread alone. What one must make another forget (TLBI and
+ * IC of the Inner Shareable domain, host writes to code) goes by mail, read between blocks; DSB waits until it was.
+ * The RAM map changes only while no vCPU is inside the guest.
  */
 #ifndef SOFTHV_ENGINE_H
 #define SOFTHV_ENGINE_H
@@ -25,6 +31,14 @@
 #include "../hv.h"
 #include "fpu.h"
 #include "softhv.h"
+
+static inline void cpu_relax(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
 
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
@@ -234,10 +248,18 @@ struct sysregs {
 enum {
     POLL_EXIT = 1,       /* hv_vcpus_exit */
     POLL_TURN = 2,       /* another vCPU waits for its turn; looked at when the budget is used up */
-    POLL_INVALIDATE = 4, /* host writes to code are queued in the VM, or its memory map is about to change */
-    POLL_NOW = POLL_EXIT | POLL_INVALIDATE, /* looked at before every block */
+    POLL_MAIL = 4,       /* there is mail, or the memory map is about to change */
+    POLL_NOW = POLL_EXIT | POLL_MAIL, /* looked at before every block */
 };
-enum { SHOOTDOWN_MAX = 16 };
+
+/* What a vCPU has to forget before it runs on; written by any thread, read by its own. */
+enum { MAIL_MAX = 32 };
+struct mail {
+    pthread_mutex_t lock;
+    uint32_t tlb_count, code_count; /* more than MAIL_MAX: all there is */
+    struct { uint32_t op; uint64_t argument; } tlb[MAIL_MAX]; /* TLBI */
+    struct { uint64_t pa, size; } code[MAIL_MAX];
+};
 
 struct vcpu {
     uint64_t x[R_COUNT];
@@ -281,14 +303,13 @@ struct vcpu {
         uint64_t low, high; /* where code was run from, in whole mappings: inclusive; high < low when nowhere */
         uint8_t page_bits;  /* log2 of the largest mapping */
     } code[2];
-    /* TLBI ... IS of other vCPUs, carried out when this one's turn comes; written by whose turn it is. */
-    struct {
-        uint32_t count; /* more than SHOOTDOWN_MAX: drop all */
-        uint64_t va[SHOOTDOWN_MAX];
-    } shootdown;
-    uint64_t code_gen, map_gen; /* of the VM, when the caches above were last brought up to date */
-    bool event;       /* the event register of WFE */
-    bool in_turn;     /* vm->turn is this one */
+    struct code *cache; /* of decoded blocks: code.c */
+    struct jit *jit;   /* and compiled ones, the back end's; NULL: none */
+    struct mail mail;
+    bool posted;       /* mail that the next DSB waits for */
+    uint64_t map_gen;  /* of the VM, when the caches above were last brought up to date */
+    _Atomic bool event; /* the event register of WFE */
+    _Atomic bool inside; /* the guest: it reads mail soon */
     uint64_t icount;  /* instructions retired */
     const void *jit_link, *jit_far; /* see jit.h */
     uint64_t jit_far_page;
@@ -301,7 +322,8 @@ struct vcpu {
     struct vcpu *next_waiter;
     bool waiting;
     _Atomic uint64_t late_kick; /* fault.c: host_ns() when a kick takes effect, 0: none on its way */
-    _Atomic bool kick_again, inside;
+    _Atomic bool kick_again;
+    _Atomic bool running; /* hv_vcpu_run, for fault.c */
     bool vtimer_again, vtimer_held;
     uint64_t turn_start; /* nanoseconds */
     hv_vcpu_exit_t exit;
@@ -450,9 +472,17 @@ static inline uint64_t guest_counter(const struct vcpu *c) {
 }
 bool vtimer_due(const struct vcpu *c); /* ENABLE, !IMASK and CVAL reached */
 void vcpu_run(struct vcpu *c);         /* hv_vcpu_run on the owning thread */
-bool turn_yield(struct vcpu *c);       /* let the other vCPUs run; false: asked to exit meanwhile */
-bool turn_take(struct vcpu *c);        /* the two halves of that */
-void turn_release(struct vcpu *c);
+bool guest_yield(struct vcpu *c);      /* let the others run; false: asked to exit meanwhile */
+bool guest_enter(struct vcpu *c);      /* the two halves of that */
+void guest_leave(struct vcpu *c);
+
+/* ---- mail.c ----------------------------------------------------------------------------------------------------- */
+
+void mail_tlbi(struct vcpu *c, unsigned op, uint64_t argument); /* from c to all others */
+void mail_code(struct vm *vm, const struct vcpu *from, uint64_t pa, uint64_t size); /* to all, or all others; any thread */
+void mail_read(struct vcpu *c);  /* by its own thread, between blocks or as the last thing of one */
+void mail_sync(struct vcpu *c);  /* the same; returns when all others have read what c has sent them */
+void tlbi(struct vcpu *c, unsigned op, uint64_t argument); /* exec_sys.c: on this vCPU */
 
 /* ---- fault.c: hooks for a VM with vm->faults ------------------------------------------------------------------------------ */
 
@@ -476,16 +506,17 @@ void decode_block(struct block *block, uint64_t pa, const uint8_t *host, bool tr
 extern struct row a64_rows[];
 extern const uint32_t a64_row_count;
 
-/* By the vCPU whose turn it is, between blocks, or for code_invalidate() as the last thing of one. */
+/* By the vCPU's own thread, between blocks, or for code_invalidate() as the last thing of one. */
 struct block *code_block(struct vcpu *c, uint64_t pa, const uint8_t *host); /* found or decoded */
-const struct block *code_trace(struct vm *vm, const struct block *block); /* for the compiler; NULL: nothing to gain */
-bool code_full(const struct vm *vm);
-const uint8_t *code_arena(const struct vm *vm); /* where all blocks lie */
-void code_invalidate(struct vm *vm, uint64_t pa, uint64_t size);
-void code_flush(struct vm *vm);
-bool code_maybe(struct vm *vm, uint64_t pa); /* false: no block was ever decoded in this page. Any thread. */
-bool code_create(struct vm *vm);
-void code_destroy(struct vm *vm);
+const struct block *code_trace(struct vcpu *c, const struct block *block); /* for the compiler; NULL: nothing to gain */
+bool code_full(const struct vcpu *c);
+const uint8_t *code_arena(const struct vcpu *c); /* where all blocks lie */
+void code_invalidate(struct vcpu *c, uint64_t pa, uint64_t size);
+void code_flush(struct vcpu *c);
+bool code_create(struct vcpu *c);
+void code_destroy(struct vcpu *c);
+/* False: no vCPU ever decoded a block in this page. Any thread, after a full fence. */
+bool code_maybe(struct vm *vm, uint64_t pa);
 
 /* ---- the VM ----------------------------------------------------------------------------------------------------- */
 
@@ -498,30 +529,29 @@ struct ram {
 struct code; /* code.c's */
 struct jit;  /* the back end's */
 
-enum { INVALIDATE_MAX = 32 };
+enum { CODE_MARKS = 1 << 20 /* pages, so 4 GiB before two share a mark */ };
 
 struct vm {
-    pthread_mutex_t lock; /* vCPU list, RAM map, turns, queued invalidations */
+    pthread_mutex_t lock; /* vCPU list, RAM map, turns */
+    bool turns;           /* one vCPU inside the guest at a time: */
     struct vcpu *turn;    /* whose turn it is; NULL: nobody's */
     struct vcpu *first_waiter, *last_waiter;
-    pthread_cond_t turn_free; /* for those who change the memory map */
-    uint32_t stoppers;        /* as many of them wait */
+    uint32_t inside;          /* vCPUs in the guest */
+    _Atomic uint32_t stoppers; /* those who wait to change the memory map */
+    pthread_cond_t all_out;   /* for them */
     struct ram ram[RAM_MAX];
     uint32_t ram_count;
     struct vcpu *vcpus[VCPU_MAX];
     uint32_t vcpu_count;
-    struct code *code;
-    struct jit *jit;      /* NULL: none */
-    uint64_t code_gen, map_gen; /* count what makes vCPUs drop cached pointers to blocks, to RAM */
-    struct {
-        uint32_t count; /* more than INVALIDATE_MAX: flush all */
-        struct { uint64_t pa, size; } range[INVALIDATE_MAX];
-    } invalid;
+    int32_t jit_threshold; /* softhv_vm_set_jit(); for the vCPUs to come */
+    size_t jit_limit;
+    uint64_t map_gen;      /* counts what makes vCPUs drop cached pointers to RAM */
+    _Atomic uint64_t marked[CODE_MARKS / 64]; /* pages that may have blocks */
     uint32_t ipa_bits;
     bool created;
     struct faults *faults; /* NULL: it behaves */
 };
-/* The RAM region that holds ipa, or NULL. Only by the vCPU whose turn it is, or under the lock. */
+/* The RAM region that holds ipa, or NULL. Only by a vCPU inside the guest, or under the lock. */
 struct ram *vm_ram(struct vm *vm, uint64_t ipa);
 /* The VM the calling thread is bound to, created or not; NULL when there is none. */
 struct vm *vm_current(void);

@@ -1,5 +1,8 @@
 /* System instructions: exceptions, hints, barriers, MSR and MRS, caches, TLBs, address translation. */
+#define _GNU_SOURCE
 #include "engine.h"
+
+#include <sched.h>
 
 static uint32_t encoding(uint32_t insn) { /* op0 is 2 or 3 for MSR and MRS, 1 for SYS */
     return SYSREG(bits(insn, 19, 2), bits(insn, 16, 3), bits(insn, 12, 4), bits(insn, 8, 4), bits(insn, 5, 3));
@@ -55,18 +58,46 @@ OP(eret) { return c->el ? exc_eret(c) : exc_undef(c, u); }
 
 /* ---- Hints and barriers ----------------------------------------------------------------------------------------- */
 
-/*
- * Other vCPUs of the VM run when this one's turn is over, and turns are handed on under a lock: no barrier has
- * anything left to order but the compiler, which an indirect call stops already.
- */
 OP(nop) {
     return true;
 }
 
+/* CRm 1:0 says which accesses: 1 loads against all, 2 stores against stores, else all (C6.2.92). */
+bool form_barrier(struct uop *u, uint32_t insn) {
+    u->imm = bits(insn, 8, 2);
+    return true;
+}
+
+static inline void barrier(unsigned accesses) {
+    if (accesses == 1)
+        atomic_thread_fence(memory_order_acquire);
+    else if (accesses == 2)
+        atomic_thread_fence(memory_order_release);
+    else
+        atomic_thread_fence(memory_order_seq_cst);
+}
+
+OP(dmb) {
+    (void)c;
+    barrier((unsigned)u->imm);
+    return true;
+}
+
+/* Also waits for what TLBI and IC have asked of other vCPUs (D7.5.9, D8.13.5). */
+OP(dsb) {
+    barrier((unsigned)u->imm);
+    if (unlikely(c->posted))
+        mail_sync(c);
+    return true;
+}
+
+/* A spinning loop: whoever waits for a processor, or for a turn, may be what it waits for. */
 OP(yield) {
     if (atomic_load_explicit(&c->poll, memory_order_relaxed) & POLL_TURN) {
-        c->turn_start = 0; /* a spinning loop: whoever waits for a turn may be what it waits for */
+        c->turn_start = 0;
         force_poll(c);
+    } else if (c->vm->vcpu_count > 1) {
+        sched_yield();
     }
     return true;
 }
@@ -106,7 +137,7 @@ OP(sevl) {
 OP(sev) {
     pthread_mutex_lock(&c->vm->lock);
     for (uint32_t i = 0; i < c->vm->vcpu_count; i++)
-        c->vm->vcpus[i]->event = true;
+        atomic_store(&c->vm->vcpus[i]->event, true);
     pthread_mutex_unlock(&c->vm->lock);
     return true;
 }
@@ -234,10 +265,9 @@ OP(dc_sw) { return c->el || exc_undef(c, u); } /* by set and way */
 OP(ic_all) {
     if (c->el == 0)
         return exc_undef(c, u);
-    code_invalidate(c->vm, 0, UINT64_MAX);
-    if (c->code_gen != c->vm->code_gen)
-        tlb_drop_code(c);
-    c->code_gen = c->vm->code_gen;
+    code_invalidate(c, 0, UINT64_MAX);
+    mail_code(c->vm, c, 0, UINT64_MAX); /* the local form is rare, and treated alike */
+    c->posted = true;
     return true;
 }
 
@@ -245,41 +275,35 @@ OP(ic_ivau) {
     uint64_t pa;
     if (el0_denied(c, u, SCTLR_UCI) || !mmu_cache_op(c, u, c->x[u->rn], false, &pa))
         return false;
-    code_invalidate(c->vm, pa, 1);
-    if (c->code_gen != c->vm->code_gen)
-        tlb_drop_code(c);
-    c->code_gen = c->vm->code_gen;
+    code_invalidate(c, pa, 1);
+    mail_code(c->vm, c, pa, 1);
+    c->posted = true;
     return true;
 }
 
 /* ---- TLBs (D8.13) ----------------------------------------------------------------------------------------------- */
 
-/*
- * The other vCPUs of the VM are between turns: they drop what the broadcast names before they run on, which is
- * before anyone can tell. The local forms are few and treated alike.
- */
+enum { VMALLE1 = 0, VAE1 = 1, ASIDE1 = 2, VAAE1 = 3, VALE1 = 5, VAALE1 = 7 };
+
+void tlbi(struct vcpu *c, unsigned op, uint64_t argument) {
+    if (op == VMALLE1)
+        tlb_flush_all(c);
+    else if (op != ASIDE1)
+        tlb_flush_va(c, (uint64_t)((int64_t)(argument << 20) >> 8));
+    else if (argument >> 48 == mmu_asid(c))
+        tlb_flush_asid(c);
+}
+
+/* The others hear of the broadcast before this vCPU's next DSB has completed (D8.13.5). */
 OP(tlbi) {
-    enum { VMALLE1 = 0, VAE1 = 1, ASIDE1 = 2, VAAE1 = 3, VALE1 = 5, VAALE1 = 7 };
     if (c->el == 0)
         return exc_undef(c, u);
     unsigned op = u->aux & 7;
     bool broadcast = (u->aux >> 3 & 15) == 3; /* CRm: Inner Shareable */
-    uint64_t argument = c->x[u->rn], va = (uint64_t)((int64_t)(argument << 20) >> 8);
-    for (uint32_t i = 0; i < c->vm->vcpu_count && broadcast; i++) {
-        struct vcpu *other = c->vm->vcpus[i];
-        if (other == c || other->shootdown.count > SHOOTDOWN_MAX)
-            continue;
-        if (op == VMALLE1 || op == ASIDE1 || other->shootdown.count == SHOOTDOWN_MAX)
-            other->shootdown.count = SHOOTDOWN_MAX + 1;
-        else
-            other->shootdown.va[other->shootdown.count++] = va;
-    }
-    if (op == VMALLE1)
-        tlb_flush_all(c);
-    else if (op != ASIDE1)
-        tlb_flush_va(c, va);
-    else if (argument >> 48 == mmu_asid(c))
-        tlb_flush_asid(c);
+    uint64_t argument = c->x[u->rn];
+    if (broadcast)
+        mail_tlbi(c, op, argument);
+    tlbi(c, op, argument);
     return true;
 }
 

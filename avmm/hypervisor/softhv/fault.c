@@ -81,7 +81,7 @@ static void deliver_late_kick(struct vcpu *c) {
 
 bool fault_kick(struct vcpu *c) {
     struct faults *f = c->vm->faults;
-    if (f->wanted.forget_kicks && !atomic_load(&c->inside)) {
+    if (f->wanted.forget_kicks && !atomic_load(&c->running)) {
         COUNT(f, forgotten_kicks);
         return false;
     }
@@ -149,7 +149,7 @@ bool fault_vtimer_waits(struct vcpu *c) {
 /* Stay inside hv_vcpu_run, out of the others' way, until there is something: a kick, the timer, an interrupt. */
 static bool sleep_inside(struct vcpu *c) {
     struct vm *vm = c->vm;
-    turn_release(c);
+    guest_leave(c);
     pthread_mutex_lock(&vm->lock);
     c->waiting = true;
     while (!(atomic_load(&c->poll) & POLL_EXIT) && !c->irq_line && !c->fiq_line) {
@@ -171,7 +171,7 @@ static bool sleep_inside(struct vcpu *c) {
     }
     c->waiting = false;
     pthread_mutex_unlock(&vm->lock);
-    return turn_take(c);
+    return guest_enter(c);
 }
 
 enum fault_wfi fault_wfi(struct vcpu *c, uint64_t after) {

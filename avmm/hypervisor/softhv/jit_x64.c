@@ -8,13 +8,13 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { CODE_SIZE = 64 << 20, TRACE_BYTES = 64 << 10, ROWS_MAX = 2048 };
+enum { CODE_SIZE = 64 << 20, TRACE_BYTES = 64 << 10, STUBS_BYTES = 4 << 10, ROWS_MAX = 2048 };
 
 /* The same memory twice: no page is ever both writable and executable at one address. */
 struct jit {
     uint8_t *write;
     const uint8_t *exec;
-    size_t size, limit, used, stubs; /* bytes; the stubs at the start survive flushes */
+    size_t limit, used, stubs; /* bytes; the stubs at the start survive flushes */
     int32_t threshold;
     /* As written, not as run: point() takes distances. */
     const uint8_t *enter, *lookup, *lookup_far, *link, *dropped, *call, *call_flags;
@@ -270,7 +270,7 @@ void leave_to_rax(struct emit *e, const struct uop *u) {
 }
 
 static void emit_call(struct emit *e, const struct uop *u) {
-    mov_imm(e, RSI, (uint64_t)((const uint8_t *)u - code_arena(e->jit_vm)));
+    mov_imm(e, RSI, (uint64_t)((const uint8_t *)u - code_arena(e->vcpu)));
     mov_imm(e, RCX, (uint64_t)e->page_offset);
     call_stub(e, e->regs.flags & FLAGS_IN_MEM ? e->jit->call : e->jit->call_flags);
     e->regs.flags |= FLAGS_IN_MEM;
@@ -394,18 +394,18 @@ static void emit_trace(struct emit *e, uint8_t *code) {
 }
 
 const void *jit_compile(struct vcpu *c, const struct block *block) {
-    struct jit *jit = c->vm->jit;
-    if (jit_full(c->vm))
+    struct jit *jit = c->jit;
+    if (jit_full(c))
         return NULL;
     uint64_t start = host_ns();
-    const struct block *trace = code_trace(c->vm, block);
+    const struct block *trace = code_trace(c, block);
     if (!trace)
         return NULL;
     jit->used = (jit->used + 15) & ~(size_t)15;
     uint8_t *code = jit->write + jit->used;
     struct emit storage, *e = &storage; /* large, and most of it is not used: filled in as it is */
     e->jit = jit;
-    e->jit_vm = c->vm;
+    e->vcpu = c;
     e->block = trace;
     e->now = 0;
     memset(e->stamp, 0, sizeof e->stamp);
@@ -424,12 +424,12 @@ const void *jit_compile(struct vcpu *c, const struct block *block) {
     return jit->exec + (code - jit->write);
 }
 
-bool jit_full(const struct vm *vm) { return vm->jit->used + TRACE_BYTES > vm->jit->limit; }
+bool jit_full(const struct vcpu *c) { return c->jit->used + TRACE_BYTES > c->jit->limit; }
 
-int32_t jit_threshold(const struct vm *vm) { return vm->jit ? vm->jit->threshold : INT32_MAX; }
+int32_t jit_threshold(const struct vcpu *c) { return c->jit ? c->jit->threshold : INT32_MAX; }
 
 void jit_enter(struct vcpu *c, const void *code) {
-    struct jit *jit = c->vm->jit;
+    struct jit *jit = c->jit;
     const uint8_t *enter = jit->exec + (jit->enter - jit->write);
     void (*function)(struct vcpu *, const void *);
     memcpy(&function, &enter, sizeof function);
@@ -437,7 +437,7 @@ void jit_enter(struct vcpu *c, const void *code) {
 }
 
 void jit_link(struct vcpu *c, const void *code) {
-    struct jit *jit = c->vm->jit;
+    struct jit *jit = c->jit;
     const uint8_t *target = jit->write + ((const uint8_t *)code - jit->exec);
     if (c->jit_link) {
         point(jit->write + ((const uint8_t *)c->jit_link - jit->exec), target);
@@ -454,21 +454,20 @@ void jit_link(struct vcpu *c, const void *code) {
 }
 
 /* All code is longer than that: a count and a jump it has at least. */
-void jit_drop(struct vm *vm, struct block *block, uint64_t pa) {
+void jit_drop(struct vcpu *c, struct block *block, uint64_t pa) {
     if (!block->code)
         return;
-    struct jit *jit = vm->jit;
+    struct jit *jit = c->jit;
     struct emit *e = &(struct emit){.p = jit->write + ((const uint8_t *)block->code - jit->exec)};
     mov_imm(e, RAX, pa & (PAGE_SIZE - 1));
     jump_to(e, jit->dropped);
     block->code = NULL;
 }
 
-void jit_flush(struct vm *vm) {
-    if (vm->jit)
-        vm->jit->used = vm->jit->stubs;
-    if (vm->turn)
-        jit_unlink(vm->turn);
+void jit_flush(struct vcpu *c) {
+    if (c->jit)
+        c->jit->used = c->jit->stubs;
+    jit_unlink(c);
 }
 
 /* ---- Stubs ------------------------------------------------------------------------------------------------------- */
@@ -510,7 +509,7 @@ static void emit_lookup(struct emit *e, const uint8_t *leave) {
     op_rr(e, 0, 0xff, 4, RCX);
 }
 
-static void emit_stubs(struct emit *e, struct vm *vm) {
+static void emit_stubs(struct emit *e, struct vcpu *c) {
     struct jit *jit = e->jit;
 
     jit->enter = e->p; /* RDI: vCPU, RSI: code */
@@ -574,7 +573,7 @@ static void emit_stubs(struct emit *e, struct vm *vm) {
     jit->call_flags = e->p;
     flags_to_memory(e);
     jit->call = e->p;
-    mov_imm(e, RAX, (uintptr_t)code_arena(vm));
+    mov_imm(e, RAX, (uintptr_t)code_arena(c));
     alu(e, 1, ADD, RSI, RAX);
     alu(e, 1, ADD, RCX, PAGE);
     store(e, 1, RCX, CPU, AT(block_pc));
@@ -604,65 +603,66 @@ static void fill_tables(void) {
     }
 }
 
-void jit_create(struct vm *vm) {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    if (a64_row_count > ROWS_MAX)
-        return;
-    pthread_once(&once, fill_tables);
-    struct jit *jit = calloc(1, sizeof *jit);
-    int fd = jit ? memfd_create("softhv-code", MFD_CLOEXEC) : -1;
-    if (fd < 0 || ftruncate(fd, CODE_SIZE)) {
-        if (fd >= 0)
-            close(fd);
-        free(jit);
-        return;
-    }
-    jit->write = mmap(NULL, CODE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    void *exec = mmap(NULL, CODE_SIZE, PROT_READ | PROT_EXEC, MAP_SHARED, fd, 0);
-    close(fd);
-    jit->exec = exec;
-    jit->size = jit->limit = CODE_SIZE;
-    if (jit->write == MAP_FAILED || exec == MAP_FAILED) { /* a host that allows no such thing */
-        if (jit->write != MAP_FAILED)
-            munmap(jit->write, CODE_SIZE);
-        if (exec != MAP_FAILED)
-            munmap(exec, CODE_SIZE);
-        free(jit);
-        return;
-    }
-    struct emit *e = &(struct emit){.jit = jit, .p = jit->write};
-    emit_stubs(e, vm);
-    jit->used = jit->stubs = (size_t)(e->p - jit->write);
-    jit->threshold = INT32_MAX;
-    vm->jit = jit;
+static void free_jit(struct jit *jit) {
+    if (jit->write)
+        munmap(jit->write, CODE_SIZE);
+    if (jit->exec)
+        munmap((void *)(uintptr_t)jit->exec, CODE_SIZE);
+    free(jit);
 }
 
-void jit_destroy(struct vm *vm) {
-    struct jit *jit = vm->jit;
+static void *map_code(int fd, int protection) {
+    void *at = mmap(NULL, CODE_SIZE, protection, MAP_SHARED, fd, 0);
+    return at == MAP_FAILED ? NULL : at;
+}
+
+/* NULL on a host that allows no such thing. */
+static struct jit *new_jit(void) {
+    struct jit *jit = calloc(1, sizeof *jit);
+    int fd = jit ? memfd_create("softhv-code", MFD_CLOEXEC) : -1;
+    if (fd >= 0 && !ftruncate(fd, CODE_SIZE)) {
+        jit->write = map_code(fd, PROT_READ | PROT_WRITE);
+        jit->exec = map_code(fd, PROT_READ | PROT_EXEC);
+    }
+    if (fd >= 0)
+        close(fd);
+    if (jit && (!jit->write || !jit->exec)) {
+        free_jit(jit);
+        return NULL;
+    }
+    return jit;
+}
+
+void jit_create(struct vcpu *c) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    if (a64_row_count > ROWS_MAX || c->vm->jit_threshold == INT32_MAX)
+        return;
+    pthread_once(&once, fill_tables);
+    struct jit *jit = c->jit = new_jit();
     if (!jit)
         return;
-    munmap(jit->write, jit->size);
-    munmap((void *)(uintptr_t)jit->exec, jit->size);
-    free(jit);
-    vm->jit = NULL;
+    struct emit *e = &(struct emit){.jit = jit, .p = jit->write};
+    emit_stubs(e, c);
+    jit->used = jit->stubs = (size_t)(e->p - jit->write);
+    jit->threshold = c->vm->jit_threshold;
+    jit->limit = c->vm->jit_limit ? c->vm->jit_limit : CODE_SIZE;
+}
+
+void jit_destroy(struct vcpu *c) {
+    if (c->jit)
+        free_jit(c->jit);
+    c->jit = NULL;
 }
 
 hv_return_t softhv_vm_set_jit(softhv_vm_t *opaque, uint32_t threshold, size_t limit) {
     struct vm *vm = (struct vm *)opaque;
-    if (!vm)
+    if (!vm || limit > CODE_SIZE || (limit && limit < STUBS_BYTES + 2 * TRACE_BYTES))
         return HV_BAD_ARGUMENT;
     pthread_mutex_lock(&vm->lock);
-    struct jit *jit = vm->jit;
-    hv_return_t result = HV_SUCCESS;
-    if (vm->vcpu_count)
-        result = HV_BUSY;
-    else if (!jit)
-        result = threshold == SOFTHV_NO_JIT ? HV_SUCCESS : HV_UNSUPPORTED;
-    else if (limit > jit->size || (limit && limit < jit->stubs + 2 * TRACE_BYTES))
-        result = HV_BAD_ARGUMENT;
-    else {
-        jit->threshold = threshold > INT32_MAX ? INT32_MAX : (int32_t)threshold;
-        jit->limit = limit ? limit : jit->size;
+    hv_return_t result = vm->vcpu_count ? HV_BUSY : HV_SUCCESS;
+    if (result == HV_SUCCESS) {
+        vm->jit_threshold = threshold > INT32_MAX ? INT32_MAX : (int32_t)threshold;
+        vm->jit_limit = limit;
     }
     pthread_mutex_unlock(&vm->lock);
     return result;
@@ -670,15 +670,15 @@ hv_return_t softhv_vm_set_jit(softhv_vm_t *opaque, uint32_t threshold, size_t li
 
 #else /* no back end for this host */
 
-void jit_create(struct vm *vm) { (void)vm; }
-void jit_destroy(struct vm *vm) { (void)vm; }
-int32_t jit_threshold(const struct vm *vm) { return (void)vm, INT32_MAX; }
+void jit_create(struct vcpu *c) { (void)c; }
+void jit_destroy(struct vcpu *c) { (void)c; }
+int32_t jit_threshold(const struct vcpu *c) { return (void)c, INT32_MAX; }
 const void *jit_compile(struct vcpu *c, const struct block *block) { return (void)c, (void)block, NULL; }
-bool jit_full(const struct vm *vm) { return (void)vm, false; }
+bool jit_full(const struct vcpu *c) { return (void)c, false; }
 void jit_enter(struct vcpu *c, const void *code) { (void)c, (void)code; }
 void jit_link(struct vcpu *c, const void *code) { (void)c, (void)code; }
-void jit_drop(struct vm *vm, struct block *block, uint64_t pa) { (void)vm, (void)block, (void)pa; }
-void jit_flush(struct vm *vm) { (void)vm; }
+void jit_drop(struct vcpu *c, struct block *block, uint64_t pa) { (void)c, (void)block, (void)pa; }
+void jit_flush(struct vcpu *c) { (void)c; }
 hv_return_t softhv_vm_set_jit(softhv_vm_t *vm, uint32_t threshold, size_t limit) {
     return !vm ? HV_BAD_ARGUMENT : threshold == SOFTHV_NO_JIT ? HV_SUCCESS : HV_UNSUPPORTED;
 }

@@ -81,7 +81,7 @@ struct emit {
     uint8_t *p, *end;   /* where to write; past `end` there is always room for one instruction */
     ptrdiff_t to_exec;  /* from there to where it will run */
     struct jit *jit;
-    struct vm *jit_vm;
+    struct vcpu *vcpu;
     const struct block *block;
     int32_t page_offset; /* of the block's first instruction */
     struct regs regs;

@@ -525,6 +525,14 @@ static void emit_br(struct emit *e, const struct uop *u, uint32_t arg) {
 
 static void emit_nothing(struct emit *e, const struct uop *u, uint32_t arg) {}
 
+/* The host reorders nothing but stores and later loads: loads against all and stores against stores cost nothing. */
+static void emit_barrier(struct emit *e, const struct uop *u, uint32_t arg) {
+    if (u->imm == 1 || u->imm == 2)
+        return;
+    byte(e, 0xf0);
+    alu_mem_imm(e, OR, RSP, 0, 0);
+}
+
 static void emit_mrs_plain(struct emit *e, const struct uop *u, uint32_t arg) {
     load(e, 1, def(e, u->rd), CPU, (int32_t)arg);
 }
@@ -632,6 +640,7 @@ const struct emitter jit_x64_int[] = {
     {p_br, emit_br, 0, TRAPS | ENDS | KEEPS},
     {p_blr, emit_br, 1, TRAPS | ENDS | KEEPS},
     {p_nop, emit_nothing, 0, KEEPS},
+    {p_dmb, emit_barrier, 0, 0},
     {p_mrs_tpidr_el0, emit_mrs_plain, AT(sys.tpidr_el0), KEEPS},
     {p_mrs_sp_el0, emit_mrs_sp_el0, 0, TRAPS},
     {p_mrs_tpidr_el1, emit_mrs_tpidr_el1, 0, TRAPS},

@@ -34,7 +34,8 @@ static bool read_descriptor(struct vcpu *c, uint64_t pa, uint64_t *descriptor) {
     struct ram *ram = vm_ram(c->vm, pa);
     if (!ram)
         return false;
-    memcpy(descriptor, ram->host + (pa - ram->ipa), 8);
+    /* Other vCPUs may be writing it. */
+    *descriptor = __atomic_load_n((const uint64_t *)(ram->host + (pa - ram->ipa)), __ATOMIC_ACQUIRE);
     return true;
 }
 

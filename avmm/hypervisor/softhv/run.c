@@ -1,4 +1,4 @@
-/* hv_vcpu_run: turns, polling, the virtual timer, and the way from block to block. */
+/* hv_vcpu_run: in and out of the guest, polling, the virtual timer, and the way from block to block. */
 #define _GNU_SOURCE
 #include "jit.h"
 
@@ -43,7 +43,12 @@ static int32_t next_budget(const struct vcpu *c) {
     return insns < BUDGET_MIN ? BUDGET_MIN : insns > BUDGET ? BUDGET : insns;
 }
 
-/* ---- Turns: one vCPU of a VM runs at a time --------------------------------------------------------------------- */
+/* ---- In and out of the guest ------------------------------------------------------------------------------------- */
+
+/*
+ * vCPUs are in the guest side by side, but for two things: whoever changes the memory map waits until all are out and
+ * keeps them out; and where a VM takes turns one is in there at a time, first come first served.
+ */
 
 static void unlink_waiter(struct vm *vm, struct vcpu *c) {
     struct vcpu *before = NULL;
@@ -56,34 +61,32 @@ static void unlink_waiter(struct vm *vm, struct vcpu *c) {
     if (vm->last_waiter == c)
         vm->last_waiter = before;
     c->next_waiter = NULL;
-    c->waiting = false;
 }
 
 static void pass_turn(struct vm *vm) {
     vm->turn = NULL;
-    if (vm->stoppers)
-        pthread_cond_signal(&vm->turn_free);
-    else if (vm->first_waiter)
+    if (vm->first_waiter && !atomic_load(&vm->stoppers))
         pthread_cond_signal(&vm->first_waiter->my_turn);
 }
 
-/* vm->lock held. False: asked to exit before the turn came. */
+/* vm->lock held. False: asked to exit before. */
 static bool await_turn(struct vcpu *c) {
     struct vm *vm = c->vm;
-    if (vm->turn || vm->first_waiter || vm->stoppers) {
+    if (vm->turn || vm->first_waiter || atomic_load(&vm->stoppers)) {
         c->waiting = true;
         if (vm->last_waiter)
             vm->last_waiter->next_waiter = c;
         else
             vm->first_waiter = c;
         vm->last_waiter = c;
-        while ((vm->turn || vm->first_waiter != c || vm->stoppers) &&
+        while ((vm->turn || vm->first_waiter != c || atomic_load(&vm->stoppers)) &&
                !(atomic_load(&c->poll) & POLL_EXIT)) {
             if (vm->turn)
                 atomic_fetch_or(&vm->turn->poll, POLL_TURN);
             pthread_cond_wait(&c->my_turn, &vm->lock);
         }
         unlink_waiter(vm, c);
+        c->waiting = false;
         if (atomic_load(&c->poll) & POLL_EXIT) {
             if (!vm->turn)
                 pass_turn(vm); /* it may have been passed to us */
@@ -96,51 +99,54 @@ static bool await_turn(struct vcpu *c) {
     return true;
 }
 
-/* What happened to the VM while others had their turns. vm->lock held. */
-static void catch_up(struct vcpu *c) {
+/* The same where all run side by side. */
+static bool await_map(struct vcpu *c) {
+    while (atomic_load(&c->vm->stoppers) && !(atomic_load(&c->poll) & POLL_EXIT)) {
+        c->waiting = true;
+        pthread_cond_wait(&c->my_turn, &c->vm->lock);
+        c->waiting = false;
+    }
+    return !(atomic_load(&c->poll) & POLL_EXIT);
+}
+
+bool guest_enter(struct vcpu *c) {
     struct vm *vm = c->vm;
-    atomic_fetch_and(&c->poll, ~(uint32_t)POLL_INVALIDATE);
-    if (vm->invalid.count > INVALIDATE_MAX)
-        code_flush(vm);
-    else
-        for (uint32_t i = 0; i < vm->invalid.count; i++)
-            code_invalidate(vm, vm->invalid.range[i].pa, vm->invalid.range[i].size);
-    vm->invalid.count = 0;
-    if (c->map_gen != vm->map_gen || c->shootdown.count > SHOOTDOWN_MAX)
-        tlb_flush_all(c);
-    else
-        for (uint32_t i = 0; i < c->shootdown.count; i++)
-            tlb_flush_va(c, c->shootdown.va[i]);
-    c->shootdown.count = 0;
-    c->map_gen = vm->map_gen;
-    if (c->code_gen != vm->code_gen)
-        tlb_drop_code(c);
-    c->code_gen = vm->code_gen;
-}
-
-bool turn_take(struct vcpu *c) {
-    pthread_mutex_lock(&c->vm->lock);
-    bool taken = await_turn(c);
-    if (taken)
-        catch_up(c);
-    pthread_mutex_unlock(&c->vm->lock);
-    c->in_turn = taken;
+    pthread_mutex_lock(&vm->lock);
+    bool entered = vm->turns ? await_turn(c) : await_map(c);
+    bool remapped = entered && c->map_gen != vm->map_gen;
+    if (entered) {
+        c->map_gen = vm->map_gen;
+        vm->inside++;
+        atomic_store(&c->inside, true); /* before the mail is read: what comes later finds us here */
+    }
+    pthread_mutex_unlock(&vm->lock);
     c->turn_start = host_ns();
-    return taken;
+    if (remapped) {
+        tlb_flush_all(c);
+        code_invalidate(c, 0, UINT64_MAX);
+    }
+    if (entered && atomic_load(&c->poll) & POLL_MAIL)
+        mail_read(c);
+    return entered;
 }
 
-void turn_release(struct vcpu *c) {
+void guest_leave(struct vcpu *c) {
+    struct vm *vm = c->vm;
     c->exec_ns += host_ns() - c->turn_start;
-    pthread_mutex_lock(&c->vm->lock);
+    pthread_mutex_lock(&vm->lock);
     atomic_fetch_and(&c->poll, ~(uint32_t)POLL_TURN);
-    c->in_turn = false;
-    pass_turn(c->vm);
-    pthread_mutex_unlock(&c->vm->lock);
+    atomic_store(&c->inside, false);
+    vm->inside--;
+    if (vm->turns)
+        pass_turn(vm);
+    if (!vm->inside && atomic_load(&vm->stoppers))
+        pthread_cond_signal(&vm->all_out);
+    pthread_mutex_unlock(&vm->lock);
 }
 
-bool turn_yield(struct vcpu *c) {
-    turn_release(c);
-    return turn_take(c);
+bool guest_yield(struct vcpu *c) {
+    guest_leave(c);
+    return guest_enter(c);
 }
 
 /* ---- The loop --------------------------------------------------------------------------------------------------- */
@@ -156,18 +162,14 @@ static void poll(struct vcpu *c) {
     if (unlikely(c->vm->faults != NULL))
         fault_poll(c);
     uint32_t why = atomic_load_explicit(&c->poll, memory_order_acquire);
-    if (why & POLL_INVALIDATE) {
-        pthread_mutex_lock(&c->vm->lock);
-        bool stop = c->vm->stoppers;
-        if (!stop)
-            catch_up(c);
-        pthread_mutex_unlock(&c->vm->lock);
-        if (stop && !turn_yield(c))
+    if (why & POLL_MAIL) {
+        mail_read(c);
+        if (atomic_load(&c->vm->stoppers) && !guest_yield(c))
             return exit_to_host(c, HV_EXIT_REASON_CANCELED);
     }
     if (why & POLL_EXIT)
         return exit_to_host(c, HV_EXIT_REASON_CANCELED);
-    if (why & POLL_TURN && host_ns() - c->turn_start >= TURN_NS && !turn_yield(c))
+    if (why & POLL_TURN && host_ns() - c->turn_start >= TURN_NS && !guest_yield(c))
         return exit_to_host(c, HV_EXIT_REASON_CANCELED);
     if (!c->vtimer_masked && vtimer_due(c) && !(unlikely(c->vm->faults != NULL) && fault_vtimer_waits(c))) {
         c->vtimer_masked = true;
@@ -215,10 +217,8 @@ static struct jump_entry *find_block(struct vcpu *c) {
 static bool run_compiled(struct vcpu *c, struct jump_entry *jump) {
     struct block *block = jump->block;
     if (!block->code) {
-        if (jit_full(c->vm) || code_full(c->vm)) {
-            code_flush(c->vm);
-            tlb_drop_code(c);
-            c->code_gen = c->vm->code_gen;
+        if (jit_full(c) || code_full(c)) {
+            code_flush(c);
             return true;
         }
         block->code = jit_compile(c, block);
@@ -259,18 +259,18 @@ void vcpu_run(struct vcpu *c) {
     hv_exit_reason_t reason;
     c->exiting = false;
     if (unlikely(faulty))
-        atomic_store(&c->inside, true);
+        atomic_store(&c->running, true);
     if (unlikely(faulty) && fault_entry(c, &reason)) {
         exit_to_host(c, reason);
-    } else if (atomic_load(&c->poll) & POLL_EXIT || !turn_take(c)) {
+    } else if (atomic_load(&c->poll) & POLL_EXIT || !guest_enter(c)) {
         exit_to_host(c, HV_EXIT_REASON_CANCELED);
     } else {
         run(c);
-        if (c->in_turn) /* lost when asked to exit while yielding */
-            turn_release(c);
+        if (atomic_load(&c->inside)) /* else asked to exit while yielding */
+            guest_leave(c);
     }
     if (unlikely(faulty))
-        atomic_store(&c->inside, false);
+        atomic_store(&c->running, false);
     if (c->exit.reason == HV_EXIT_REASON_CANCELED && !(unlikely(faulty) && fault_kicked_twice(c)))
         atomic_fetch_and(&c->poll, ~(uint32_t)POLL_EXIT);
     c->irq_line = c->fiq_line = false;

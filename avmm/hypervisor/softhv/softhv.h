@@ -20,6 +20,9 @@ hv_return_t softhv_vm_free(softhv_vm_t *vm); /* HV_BUSY while it has vCPUs */
 #define SOFTHV_NO_JIT 0xffffffff
 hv_return_t softhv_vm_set_jit(softhv_vm_t *vm, uint32_t threshold, size_t limit);
 
+/* One vCPU of the VM in the guest at a time, in turns of a millisecond, instead of all at once. Before the first vCPU. */
+hv_return_t softhv_vm_set_turns(softhv_vm_t *vm, bool turns);
+
 /* What os_release() is on macOS: gives back an hv_vm_config_t or hv_vcpu_config_t. */
 void softhv_release(void *config);
 

@@ -1,6 +1,6 @@
 /* hv_vcpu_*: the life of vCPUs, their registers, kicks. */
 #define _GNU_SOURCE
-#include "engine.h"
+#include "jit.h"
 
 #include "../hv_simd.h"
 
@@ -55,11 +55,18 @@ static hv_return_t join_vm(struct vm *vm, struct vcpu *c) {
     bool room = vm->created && vm->vcpu_count < VCPU_MAX;
     if (room) {
         vm->vcpus[vm->vcpu_count++] = c;
-        c->code_gen = vm->code_gen;
         c->map_gen = vm->map_gen;
     }
     pthread_mutex_unlock(&vm->lock);
     return room ? HV_SUCCESS : HV_NO_RESOURCES;
+}
+
+static void dispose(struct vcpu *c) {
+    jit_destroy(c);
+    code_destroy(c);
+    pthread_mutex_destroy(&c->mail.lock);
+    pthread_cond_destroy(&c->my_turn);
+    free(c);
 }
 
 hv_return_t hv_vcpu_create(hv_vcpu_t *vcpu, hv_vcpu_exit_t **exit, hv_vcpu_config_t config) {
@@ -76,6 +83,11 @@ hv_return_t hv_vcpu_create(hv_vcpu_t *vcpu, hv_vcpu_exit_t **exit, hv_vcpu_confi
     if (!c)
         return HV_NO_RESOURCES;
     c->vm = vm;
+    if (!code_create(c)) {
+        free(c);
+        return HV_NO_RESOURCES;
+    }
+    jit_create(c);
     c->fast_counter = fault_fast_counter(vm);
     c->monitor.pa = ~UINT64_C(0);
     c->daif = DAIF_ALL; /* EL0t, as Apple leaves it */
@@ -84,12 +96,12 @@ hv_return_t hv_vcpu_create(hv_vcpu_t *vcpu, hv_vcpu_exit_t **exit, hv_vcpu_confi
     c->link_gen[1] = 1;
     tlb_flush_all(c);
     pthread_cond_init(&c->my_turn, NULL);
+    pthread_mutex_init(&c->mail.lock, NULL);
     hv_return_t result = assign_handle(c) ? join_vm(vm, c) : HV_NO_RESOURCES;
     if (result != HV_SUCCESS) {
         if (c->handle)
             release_handle(c);
-        pthread_cond_destroy(&c->my_turn);
-        free(c);
+        dispose(c);
         return result;
     }
     fesetenv(FE_DFL_ENV); /* this thread now runs the vCPU, and fpu.h relies on it */
@@ -110,8 +122,7 @@ hv_return_t hv_vcpu_destroy(hv_vcpu_t vcpu) {
         if (vm->vcpus[i] == c)
             vm->vcpus[i] = vm->vcpus[--vm->vcpu_count];
     pthread_mutex_unlock(&vm->lock);
-    pthread_cond_destroy(&c->my_turn);
-    free(c);
+    dispose(c);
     mine = NULL;
     return HV_SUCCESS;
 }

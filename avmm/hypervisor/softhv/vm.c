@@ -34,13 +34,9 @@ softhv_vm_t *softhv_vm_new(void) {
     struct vm *vm = calloc(1, sizeof *vm);
     if (!vm)
         return NULL;
-    if (!code_create(vm)) {
-        free(vm);
-        return NULL;
-    }
-    jit_create(vm);
+    vm->jit_threshold = INT32_MAX;
     pthread_mutex_init(&vm->lock, NULL);
-    pthread_cond_init(&vm->turn_free, NULL);
+    pthread_cond_init(&vm->all_out, NULL);
     vm->ipa_bits = IPA_BITS_DEFAULT;
     return (softhv_vm_t *)vm;
 }
@@ -58,10 +54,8 @@ hv_return_t softhv_vm_free(softhv_vm_t *opaque) {
         return HV_BUSY;
     if (bound == vm)
         bound = NULL;
-    jit_destroy(vm);
-    code_destroy(vm);
     free(vm->faults);
-    pthread_cond_destroy(&vm->turn_free);
+    pthread_cond_destroy(&vm->all_out);
     pthread_mutex_destroy(&vm->lock);
     free(vm);
     return HV_SUCCESS;
@@ -94,7 +88,6 @@ hv_return_t hv_vm_destroy(void) {
         vm->ram_count = 0;
         vm->created = false;
         vm->map_gen++;
-        code_flush(vm);
     }
     pthread_mutex_unlock(&vm->lock);
     if (busy)
@@ -163,22 +156,25 @@ struct ram *vm_ram(struct vm *vm, uint64_t ipa) {
 }
 
 /* The memory map changes with no vCPU in the guest: they keep host addresses in their TLBs. Leaves vm->lock held. */
-static void stop_turns(struct vm *vm) {
+static void stop_guest(struct vm *vm) {
     pthread_mutex_lock(&vm->lock);
-    vm->stoppers++;
-    while (vm->turn) {
-        atomic_fetch_or(&vm->turn->poll, POLL_INVALIDATE);
-        pthread_cond_wait(&vm->turn_free, &vm->lock);
+    atomic_fetch_add(&vm->stoppers, 1);
+    while (vm->inside) {
+        for (uint32_t i = 0; i < vm->vcpu_count; i++)
+            atomic_fetch_or(&vm->vcpus[i]->poll, POLL_MAIL);
+        pthread_cond_wait(&vm->all_out, &vm->lock);
     }
-    vm->stoppers--;
+    atomic_fetch_sub(&vm->stoppers, 1);
     vm->map_gen++;
 }
 
-static void resume_turns(struct vm *vm) {
-    if (vm->stoppers)
-        pthread_cond_signal(&vm->turn_free);
-    else if (vm->first_waiter)
-        pthread_cond_signal(&vm->first_waiter->my_turn);
+static void resume_guest(struct vm *vm) {
+    if (atomic_load(&vm->stoppers))
+        pthread_cond_signal(&vm->all_out);
+    else
+        for (uint32_t i = 0; i < vm->vcpu_count; i++)
+            if (vm->vcpus[i]->waiting)
+                pthread_cond_signal(&vm->vcpus[i]->my_turn);
     pthread_mutex_unlock(&vm->lock);
 }
 
@@ -224,16 +220,15 @@ hv_return_t hv_vm_map(void *addr, hv_ipa_t ipa, size_t size, hv_memory_flags_t f
     /* The host's own page size is all that softhv needs of addr; Apple asks for its 16 KiB. */
     if (!addr || (uintptr_t)addr % PAGE_SIZE || !valid_range(vm, ipa, size) || flags & ~UINT64_C(7))
         return HV_BAD_ARGUMENT;
-    stop_turns(vm);
+    stop_guest(vm);
     hv_return_t result = vm->ram_count < RAM_MAX ? HV_SUCCESS : HV_NO_RESOURCES;
     for (uint32_t i = 0; i < vm->ram_count; i++)
         if (ipa < vm->ram[i].ipa + vm->ram[i].size && vm->ram[i].ipa < ipa + size)
             result = HV_BAD_ARGUMENT;
     if (result == HV_SUCCESS) {
         vm->ram[vm->ram_count++] = (struct ram){.ipa = ipa, .size = size, .host = addr, .flags = (uint32_t)flags};
-        code_invalidate(vm, ipa, size);
     }
-    resume_turns(vm);
+    resume_guest(vm);
     return result;
 }
 
@@ -243,7 +238,7 @@ hv_return_t hv_vm_unmap(hv_ipa_t ipa, size_t size) {
         return HV_NO_DEVICE;
     if (!valid_range(vm, ipa, size))
         return HV_BAD_ARGUMENT;
-    stop_turns(vm);
+    stop_guest(vm);
     hv_return_t result = isolate(vm, ipa, size);
     if (result == HV_SUCCESS) {
         for (uint32_t i = 0; i < vm->ram_count;) {
@@ -252,9 +247,8 @@ hv_return_t hv_vm_unmap(hv_ipa_t ipa, size_t size) {
             else
                 i++;
         }
-        code_invalidate(vm, ipa, size);
     }
-    resume_turns(vm);
+    resume_guest(vm);
     return result;
 }
 
@@ -264,32 +258,25 @@ hv_return_t hv_vm_protect(hv_ipa_t ipa, size_t size, hv_memory_flags_t flags) {
         return HV_NO_DEVICE;
     if (!valid_range(vm, ipa, size) || flags & ~UINT64_C(7))
         return HV_BAD_ARGUMENT;
-    stop_turns(vm);
+    stop_guest(vm);
     hv_return_t result = isolate(vm, ipa, size);
     for (uint32_t i = 0; result == HV_SUCCESS && i < vm->ram_count; i++)
         if (vm->ram[i].ipa >= ipa && vm->ram[i].ipa < ipa + size)
             vm->ram[i].flags = (uint32_t)flags;
-    resume_turns(vm);
+    resume_guest(vm);
     return result;
 }
 
-void softhv_invalidate(softhv_vm_t *opaque, hv_ipa_t ipa, uint64_t size) {
+void softhv_invalidate(softhv_vm_t *vm, hv_ipa_t ipa, uint64_t size) { mail_code((struct vm *)vm, NULL, ipa, size); }
+
+hv_return_t softhv_vm_set_turns(softhv_vm_t *opaque, bool turns) {
     struct vm *vm = (struct vm *)opaque;
-    uint64_t end = size > UINT64_MAX - ipa ? UINT64_MAX : ipa + size;
-    /* With the fetch_or in code_block(): either it reads the new bytes, or we see the page marked. */
-    atomic_thread_fence(memory_order_seq_cst);
-    for (uint64_t page = ipa & ~(uint64_t)(PAGE_SIZE - 1); page < end; page += PAGE_SIZE) {
-        if (!code_maybe(vm, page))
-            continue;
-        pthread_mutex_lock(&vm->lock);
-        if (vm->invalid.count < INVALIDATE_MAX) {
-            vm->invalid.range[vm->invalid.count].pa = page;
-            vm->invalid.range[vm->invalid.count].size = end - page;
-        }
-        vm->invalid.count++;
-        if (vm->turn)
-            atomic_fetch_or(&vm->turn->poll, POLL_INVALIDATE);
-        pthread_mutex_unlock(&vm->lock);
-        return;
-    }
+    if (!vm)
+        return HV_BAD_ARGUMENT;
+    pthread_mutex_lock(&vm->lock);
+    bool busy = vm->vcpu_count;
+    if (!busy)
+        vm->turns = turns;
+    pthread_mutex_unlock(&vm->lock);
+    return busy ? HV_BUSY : HV_SUCCESS;
 }

@@ -1,0 +1,122 @@
+/*
+ * What vCPUs make each other forget: translations (TLBI) and code (IC, host writes). A vCPU's caches are its thread's
+ * alone; everybody else writes what is to go into its mail, which it reads between blocks. One that is outside the guest
+ * reads it on its way in, and nobody waits for it.
+ *
+ * Lock order: vm->lock, then one mail.lock.
+ */
+#define _GNU_SOURCE
+#include "engine.h"
+
+#include <sched.h>
+
+enum { SPINS = 256 }; /* a vCPU looks at its mail after a few hundred instructions, when the host lets it run */
+
+static void post_tlbi(struct vcpu *to, unsigned op, uint64_t argument) {
+    struct mail *mail = &to->mail;
+    pthread_mutex_lock(&mail->lock);
+    if (mail->tlb_count < MAIL_MAX) {
+        mail->tlb[mail->tlb_count].op = op;
+        mail->tlb[mail->tlb_count].argument = argument;
+    }
+    if (mail->tlb_count <= MAIL_MAX)
+        mail->tlb_count++;
+    atomic_fetch_or(&to->poll, POLL_MAIL);
+    pthread_mutex_unlock(&mail->lock);
+}
+
+static void post_code(struct vcpu *to, uint64_t pa, uint64_t size) {
+    struct mail *mail = &to->mail;
+    pthread_mutex_lock(&mail->lock);
+    uint32_t count = mail->code_count;
+    /* IC IVAU comes for every line of a page, and what is dropped is the page. */
+    bool again = count && count <= MAIL_MAX && mail->code[count - 1].pa == pa && mail->code[count - 1].size == size;
+    if (count < MAIL_MAX && !again) {
+        mail->code[count].pa = pa;
+        mail->code[count].size = size;
+    }
+    if (count <= MAIL_MAX && !again)
+        mail->code_count++;
+    atomic_fetch_or(&to->poll, POLL_MAIL);
+    pthread_mutex_unlock(&mail->lock);
+}
+
+void mail_tlbi(struct vcpu *c, unsigned op, uint64_t argument) {
+    struct vm *vm = c->vm;
+    if (vm->vcpu_count == 1) /* one that is being created has nothing to forget */
+        return;
+    pthread_mutex_lock(&vm->lock);
+    for (uint32_t i = 0; i < vm->vcpu_count; i++)
+        if (vm->vcpus[i] != c)
+            post_tlbi(vm->vcpus[i], op, argument);
+    pthread_mutex_unlock(&vm->lock);
+    c->posted = true;
+}
+
+static bool may_have_code(struct vm *vm, uint64_t pa, uint64_t end) {
+    if (end - pa >= (uint64_t)CODE_MARKS << PAGE_BITS)
+        return true;
+    for (uint64_t page = pa; page < end; page += PAGE_SIZE)
+        if (code_maybe(vm, page))
+            return true;
+    return false;
+}
+
+void mail_code(struct vm *vm, const struct vcpu *from, uint64_t pa, uint64_t size) {
+    if (from && vm->vcpu_count == 1)
+        return;
+    /* With the fetch_or in code_block(): either it reads the new bytes, or we see the page marked. */
+    atomic_thread_fence(memory_order_seq_cst);
+    uint64_t end = size > UINT64_MAX - pa ? UINT64_MAX : pa + size;
+    pa &= ~(uint64_t)(PAGE_SIZE - 1);
+    if (!may_have_code(vm, pa, end))
+        return;
+    pthread_mutex_lock(&vm->lock);
+    for (uint32_t i = 0; i < vm->vcpu_count; i++)
+        if (vm->vcpus[i] != from)
+            post_code(vm->vcpus[i], pa, end - pa);
+    pthread_mutex_unlock(&vm->lock);
+}
+
+void mail_read(struct vcpu *c) {
+    struct mail *mail = &c->mail;
+    pthread_mutex_lock(&mail->lock);
+    if (mail->tlb_count > MAIL_MAX)
+        tlb_flush_all(c);
+    else
+        for (uint32_t i = 0; i < mail->tlb_count; i++)
+            tlbi(c, mail->tlb[i].op, mail->tlb[i].argument);
+    if (mail->code_count > MAIL_MAX)
+        code_invalidate(c, 0, UINT64_MAX);
+    else
+        for (uint32_t i = 0; i < mail->code_count; i++)
+            code_invalidate(c, mail->code[i].pa, mail->code[i].size);
+    mail->tlb_count = mail->code_count = 0;
+    atomic_fetch_and(&c->poll, ~(uint32_t)POLL_MAIL); /* last: mail_sync() of others waits for it */
+    pthread_mutex_unlock(&mail->lock);
+}
+
+static bool others_behind(const struct vcpu *c) {
+    struct vm *vm = c->vm;
+    bool behind = false;
+    pthread_mutex_lock(&vm->lock);
+    for (uint32_t i = 0; i < vm->vcpu_count && !behind; i++) {
+        struct vcpu *other = vm->vcpus[i];
+        behind = other != c && atomic_load(&other->inside) && atomic_load(&other->poll) & POLL_MAIL;
+    }
+    pthread_mutex_unlock(&vm->lock);
+    return behind;
+}
+
+/* Two may wait for each other: each reads its own mail meanwhile. */
+void mail_sync(struct vcpu *c) {
+    c->posted = false;
+    for (unsigned tries = 0; others_behind(c); tries++) {
+        if (atomic_load(&c->poll) & POLL_MAIL)
+            mail_read(c);
+        if (tries > SPINS)
+            sched_yield();
+        else
+            cpu_relax();
+    }
+}
