@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from avmm.backends.disk import SECTOR, Disk, open_disk
+from avmm.backends.moment import Moment, SharedDisk
 from avmm.backends.qcow2 import Qcow2
 from avmm.backends.threads import Threads
 from avmm.errors import ConfigError, ImageError
@@ -93,6 +94,16 @@ class Drive:
     async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         """Zeroes into the range."""
         await self._do("write", offset, length, lambda: self._disk.write_zeroes(offset, length, unmap))
+
+    def moment(self) -> DriveMoment:
+        """The disk as it is now, for a twin of the machine; nothing may be in flight."""
+        held: dict[int, bytes] = {}
+        if isinstance(self._disk, HeldWrites):
+            self._disk.disk = shared = _share(self._disk.disk)
+            held = self._disk.held()
+        else:
+            self._disk = shared = _share(self._disk)
+        return DriveMoment(shared.moment(), held)
 
     def close(self) -> None:
         """Store and close. Blocks until the disk has done it; nothing may be in flight."""
@@ -199,15 +210,42 @@ def open_drive(path: Path, kind: str | None, name: str, *, read_only: bool = Fal
     """The disk in the file ``path``, see :func:`avmm.backends.disk.open_disk`. With ``snapshot`` the file is only read,
     and what is written goes to a temporary one. Raises ImageError."""
     disk = open_disk(path, kind, read_only=read_only or snapshot)
-    if not snapshot:
-        return Drive(disk, name)
+    return Drive(_overlay(disk, path) if snapshot else disk, name)
+
+
+@dataclass(slots=True)
+class DriveMoment:
+    """What :meth:`Drive.moment` gives: the disk, and what it had not stored yet. To be opened or closed."""
+
+    disk: Moment
+    held: dict[int, bytes]
+
+    def open(self, path: Path, name: str, *, read_only: bool) -> Drive:
+        """A drive that goes on from it; what is written goes to a temporary file. Blocks. Raises ImageError."""
+        if read_only:
+            return Drive(self.disk, name)
+        overlay = _overlay(self.disk, path)
+        for sector, data in self.held.items():
+            overlay.writev(sector * SECTOR, [memoryview(data)])
+        return Drive(overlay, name)
+
+    def close(self) -> None:
+        """It is not wanted after all. Blocks."""
+        self.disk.close()
+
+
+def _share(disk: Disk) -> SharedDisk:
+    return disk if isinstance(disk, SharedDisk) else SharedDisk(disk)
+
+
+def _overlay(disk: Disk, path: Path) -> Disk:
+    """A disk in a temporary file over ``disk``, which it closes. Raises ImageError, having closed ``disk``."""
     try:
         with tempfile.TemporaryFile(prefix="avmm-") as file:
-            overlay = Qcow2.create(os.dup(file.fileno()), path, disk.size, backing=disk)
+            return Qcow2.create(os.dup(file.fileno()), path, disk.size, backing=disk)
     except OSError as error:
         disk.close()
         raise ImageError(f"no room for a snapshot of {path}: {error.strerror}; point TMPDIR elsewhere") from error
-    return Drive(overlay, name)
 
 
 def _sectors(sector: int, count: int | None, size: int) -> tuple[int, int]:
@@ -221,7 +259,7 @@ class HeldWrites:
     """A disk in front of another that has a volatile write cache: sectors wait in memory for a flush."""
 
     def __init__(self, disk: Disk) -> None:
-        self._disk = disk
+        self.disk = disk
         self.size = disk.size
         self.read_only = disk.read_only
         self._lock = threading.Lock()
@@ -230,7 +268,7 @@ class HeldWrites:
     def readv(self, offset: int, views: list[memoryview]) -> None:
         """See :class:`Disk`."""
         with self._lock:
-            self._disk.readv(offset, views)
+            self.disk.readv(offset, views)
             if self._held:
                 self._overlay(offset, views)
 
@@ -250,7 +288,7 @@ class HeldWrites:
         with self._lock:
             self._store(self._held)
             self._held = {}
-            self._disk.flush()
+            self.disk.flush()
 
     def discard(self, offset: int, length: int) -> None:
         """See :class:`Disk`: a hint, which is not taken, since it could not be taken back."""
@@ -260,23 +298,28 @@ class HeldWrites:
         for at in range(0, length, 1 << 20):
             self.writev(offset + at, [memoryview(bytes(min(length - at, 1 << 20)))])
 
+    def held(self) -> dict[int, bytes]:
+        """What waits, by sector."""
+        with self._lock:
+            return dict(self._held)
+
     def lose(self, seed: int | None) -> None:
         """Forget what is held; with ``seed``, store a part of it first."""
         with self._lock:
             if seed is not None:
                 chance = random.Random(seed)
                 self._store({sector: data for sector, data in self._held.items() if chance.random() < 0.5})
-                self._disk.flush()
+                self.disk.flush()
             self._held = {}
 
     def close(self) -> None:
         """See :class:`Disk`."""
         self.flush()
-        self._disk.close()
+        self.disk.close()
 
     def _store(self, held: dict[int, bytes]) -> None:
         for sector, data in sorted(held.items()):
-            self._disk.writev(sector * SECTOR, [memoryview(data)])
+            self.disk.writev(sector * SECTOR, [memoryview(data)])
 
     def _overlay(self, offset: int, views: list[memoryview]) -> None:
         sector = offset // SECTOR

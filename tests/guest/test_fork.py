@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from pathlib import Path
 
 import pytest
 
@@ -128,3 +129,29 @@ async def test_a_paused_parent_stays_paused(debian: Fetched) -> None:
             assert vm.state == "paused"
         await vm.resume()
         assert await answer(vm, "echo parent") == "parent\n"
+
+
+async def test_disks_of_twins_are_their_own(debian: Fetched, tmp_path: Path) -> None:
+    disk, read_only = tmp_path / "disk.img", tmp_path / "ro.img"
+    for path in (disk, read_only):
+        path.write_bytes(b"original" * 131072 * 8)
+    async with avmm.boot(debian.kernel, debian.initrd, drives=[disk, f"{read_only},ro"]) as vm:
+        await prompt(vm)
+        await answer(vm, "echo before | dd of=/dev/vda conv=fsync,notrunc 2>/dev/null")
+        async with vm.fork() as twin, vm.fork() as other:
+            await answer(vm, "echo parent | dd of=/dev/vda conv=fsync,notrunc bs=4k seek=1 2>/dev/null")
+            await answer(twin, "echo twins! | dd of=/dev/vda conv=fsync,notrunc bs=4k seek=2 2>/dev/null")
+            async with twin.fork() as grandchild:
+                look = "for n in 0 1 2; do dd if=/dev/vda iflag=direct bs=4k skip=$n count=1 2>/dev/null | "
+                look += "head -c 6; echo; done"
+                look += "; head -c 8 /dev/vdb"
+                said = {}
+                for name, one in (("vm", vm), ("twin", twin), ("other", other), ("grandchild", grandchild)):
+                    said[name] = (await answer(one, look)).split()
+            assert said["vm"] == ["before", "parent", "origin", "original"]
+            assert said["twin"] == said["grandchild"] == ["before", "origin", "twins!", "original"]
+            assert said["other"] == ["before", "origin", "origin", "original"]
+    content = disk.read_bytes()
+    assert content.startswith(b"before\n")
+    assert content[4096:].startswith(b"parent\n")
+    assert content[8192:].startswith(b"original")
