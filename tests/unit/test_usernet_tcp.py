@@ -117,7 +117,8 @@ class World:
 
     def connect(self, peer: Peer, port: int = 80, local: int = 40000) -> Connection:
         """The guest connects to the gateway."""
-        peer.connection = self.guest.stack.connect((GUEST, local), (GATEWAY, port), peer, self.now)
+        peer.connection = self.guest.stack.dial((GUEST, local), (GATEWAY, port))
+        peer.connection.connect(peer, self.now)
         self.peers.append(peer)
         return peer.connection
 

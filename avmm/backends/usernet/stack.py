@@ -3,7 +3,7 @@
 ::
 
     guest frames ──► input() ──► ARP · ICMP · DHCP · names · UDP · TCP ──► Host: what guests ask of the host
-                     output  ◄──────────────────────────────────────────── connect(), datagram(), Connection
+                     output  ◄──────────────────────────────────────────── dial(), send_datagram(), Connection
     deadline ── the moment to call poll() next
 
 What a guest sends is believed in nothing: every length is checked, every table has its limit, and what makes no sense
@@ -49,7 +49,7 @@ from avmm.backends.usernet.packet import (
     total,
 )
 from avmm.backends.usernet.plan import Plan
-from avmm.backends.usernet.tcp import ACK, RST, SYN, Connection, Endpoint, State
+from avmm.backends.usernet.tcp import ACK, RST, SYN, Connection, State
 from avmm.link import Frame
 
 #: (IPv4 address, port)
@@ -167,15 +167,13 @@ class Stack:
 
     # What the host asks of guests.
 
-    def connect(self, local: Address, remote: Address, endpoint: Endpoint, now: float) -> Connection:
-        """A connection to a guest's port, as from ``local``. Raises OSError when that pair is in use."""
+    def dial(self, local: Address, remote: Address) -> Connection:
+        """A connection to a guest's port, as from ``local``, still to be ``connect``-ed. Raises OSError when that pair
+        is in use, or there are too many."""
         key = remote[0] + local[0] + remote[1].to_bytes(2, "big") + local[1].to_bytes(2, "big")
-        if key in self._connections:
+        if key in self._connections or len(self._connections) >= CONNECTIONS_MAX:
             raise OSError(f"port {local[1]} is in use towards the guest")
-        self._now = now
-        connection = self._new(key, self._neighbours.get(remote[0], b""), local, remote)
-        connection.connect(endpoint, now)
-        return connection
+        return self._new(key, self._neighbours.get(remote[0], b""), local, remote)
 
     def send_datagram(self, source: Address, destination: Address, payload: Octets) -> None:
         """A datagram for a guest, at most 65507 bytes."""
