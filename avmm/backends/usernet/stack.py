@@ -56,7 +56,7 @@ from avmm.link import Frame
 Address: TypeAlias = tuple[bytes, int]
 
 #: Connections at once; a guest that asks for more is not answered until one ends.
-CONNECTIONS_MAX: Final = 8192
+CONNECTIONS_MAX: Final = 16384
 #: Bytes in each direction that all connections hold together, and one of them.
 _BUDGET: Final = 512 << 20
 _WINDOW_MAX: Final = 1 << 20
@@ -355,7 +355,7 @@ class Stack:
             return False
         key = source + destination + data[:4]
         connection = self._connections.get(key)
-        if connection is not None and connection.state is State.TIME_WAIT and flags & (SYN | ACK | RST) == SYN:
+        if connection is not None and flags & (SYN | ACK | RST) == SYN and connection.makes_way(sequence):
             connection.lost()
             connection = None
         if connection is None:

@@ -33,7 +33,7 @@ _DUPLICATES: Final = 3
 _RTO_FIRST, _RTO_MIN, _RTO_MAX = 1.0, 0.3, 60.0
 _TRIES: Final = 12
 _SYN_TRIES: Final = 6
-_TIME_WAIT: Final = 2.0
+_TIME_WAIT: Final = 4.0
 #: How long one half may stay open for a peer when the other end is gone altogether.
 _ORPHAN: Final = 30.0
 
@@ -273,6 +273,10 @@ class Connection:
             self._tries = 0
             self._alarm(self._rto)
 
+    def makes_way(self, sequence: int) -> bool:
+        """Whether a SYN with this number begins a new connection where this one was (RFC 9293, 3.10.7.4)."""
+        return self.state is State.TIME_WAIT and 0 < (sequence - self._rcv & _MASK) < _HALF
+
     def lost(self) -> None:
         """The peer is gone, and need not be told."""
         self._finish(True)
@@ -325,7 +329,7 @@ class Connection:
         if flags & RST:
             # RFC 5961: only the very next number is believed.
             if ahead == 0:
-                self._finish(True)
+                self._finish(not self._last_acknowledgement)
             elif 0 < ahead <= offered:
                 self._send_ack()
             return
@@ -335,7 +339,7 @@ class Connection:
                 self._send_syn()
             else:
                 self._send_ack()
-            if ahead == offered and flags & ACK:  # a probe whose acknowledgement counts
+            if ahead <= offered and flags & ACK:  # which may be news even so
                 self._acknowledged(sequence, acknowledgement, window, True)
             return
         if flags & SYN:
@@ -687,6 +691,11 @@ class Connection:
             self._ended = True
             if self.endpoint is not None:
                 self.endpoint.ended()
+
+    @property
+    def _last_acknowledgement(self) -> bool:
+        """Whether nothing is missing but the acknowledgement of our FIN (LAST-ACK)."""
+        return self._ended and len(self._sent) == 1 and self._sent[0].fin
 
     def _over(self) -> None:
         """Both halves closed and ours acknowledged?"""
