@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -164,18 +165,26 @@ class Virtqueue:
 
     def push(self, chain: Chain, written: int) -> bool:
         """Give ``chain`` back, ``written`` bytes of it written; whether the driver wants an interrupt for it."""
+        return self.push_all(((chain, written),))
+
+    def push_all(self, done: Sequence[tuple[Chain, int]]) -> bool:
+        """Give chains back, each with how many bytes of it were written: the driver sees all of them at once, or none.
+        Whether it wants an interrupt for them."""
         with self._lock:
-            self.in_flight -= 1
-            spans, chain._spans = chain._spans, []
-            chain.release()
-            if written:
-                for gpa, length in spans:
-                    self._memory.wrote(gpa, length)
+            self.in_flight -= len(done)
+            for chain, written in done:
+                spans, chain._spans = chain._spans, []
+                chain.release()
+                if written:
+                    for gpa, length in spans:
+                        self._memory.wrote(gpa, length)
             if not self.alive:
                 return False
-            old = self._used_idx
-            self._used_idx = new = old + 1 & 0xFFFF
-            _USED_ELEM.pack_into(self._used, 4 + 8 * (old & self._size - 1), chain.head, written)
+            old = new = self._used_idx
+            for chain, written in done:
+                _USED_ELEM.pack_into(self._used, 4 + 8 * (new & self._size - 1), chain.head, written)
+                new = new + 1 & 0xFFFF
+            self._used_idx = new
         self._fence()
         with self._lock:
             if not self.alive:
@@ -190,6 +199,28 @@ class Virtqueue:
                 event = self._avail[2 + self._size]
                 return new - event - 1 & 0xFFFF < (new - old & 0xFFFF)
             return not self._avail[0] & _AVAIL_NO_INTERRUPT
+
+    def unpop(self, chains: Sequence[Chain]) -> None:
+        """Put the last chains that :meth:`pop` gave back where they were, as if it had not."""
+        with self._lock:
+            self.in_flight -= len(chains)
+            for chain in chains:
+                chain.release()
+            self._last_avail = self._last_avail - len(chains) & 0xFFFF
+
+    def ask_for_more(self) -> bool:
+        """Ask the driver to notify us of a chain beyond those there are now; False when more have just come."""
+        with self._lock:
+            if not self.alive:
+                return True
+            seen = self._avail[1]
+            if self._event_idx:
+                self._used_words[2 + 4 * self._size] = seen
+            else:
+                self._used_words[0] = 0
+        self._fence()
+        with self._lock:
+            return not self.alive or self._avail[1] == seen
 
     def drop(self, chain: Chain) -> None:
         """Never give ``chain`` back."""

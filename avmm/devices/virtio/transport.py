@@ -153,10 +153,20 @@ class Queue:
 
     def push(self, chain: Chain, written: int = 0) -> None:
         """Give ``chain`` back with ``written`` bytes written; the driver gets an interrupt if it wants one."""
-        transport = self._transport
-        if chain.queue.push(chain, written):
-            transport.interrupt(USED)
-        transport.settled()
+        self.push_all(((chain, written),))
+
+    def push_all(self, done: Sequence[tuple[Chain, int]]) -> None:
+        """The same for several chains, taken one after the other: the driver sees all of them at once."""
+        if done:
+            if done[0][0].queue.push_all(done):
+                self._transport.interrupt(USED)
+            self._transport.settled()
+
+    def unpop(self, chains: Sequence[Chain]) -> None:
+        """Put back the last chains that were taken, as if they had not been."""
+        if chains:
+            chains[0].queue.unpop(chains)
+            self._transport.settled()
 
     def fail(self, chain: Chain, error: GuestError) -> None:
         """The request in ``chain`` breaks a rule: it is dropped, and the device waits to be reset."""
