@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from avmm.config import VmConfig
+    from avmm.backends.switch import Switch
+    from avmm.config import NetConfig, VmConfig
     from avmm.errors import (
         AvmmError,
         ConfigError,
@@ -43,7 +44,9 @@ __all__ = [
     "GuestPanic",
     "HostError",
     "ImageError",
+    "NetConfig",
     "Outcome",
+    "Switch",
     "VirtualMachine",
     "VmConfig",
     "WaitTimeout",
@@ -56,6 +59,8 @@ _HOMES = {
     "Outcome": "avmm.vm",
     "VirtualMachine": "avmm.vm",
     "VmConfig": "avmm.config",
+    "NetConfig": "avmm.config",
+    "Switch": "avmm.backends.switch",
     "Console": "avmm.guest.console",
 }
 

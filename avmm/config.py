@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from avmm.errors import ConfigError
 from avmm.faults import Faults
+from avmm.link import Network
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -87,6 +89,102 @@ def drive_config(drive: DriveLike) -> DriveConfig:
     return drive if isinstance(drive, DriveConfig) else DriveConfig.parse(drive)
 
 
+#: Networks a VM can be given by name; one of these may follow "--net".
+NETWORKS = ("user", "none", "tap=IF", "socket=PATH")
+NETS_MAX = 8
+
+_MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
+_INTERFACE = re.compile(r"[^\s/]{1,15}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class NetConfig:
+    """One network card and the network at the other end of its cable.
+
+    ``kind`` is ``user``, ``tap`` (``target`` is the interface), ``socket`` (``target`` is the path), ``none`` or
+    ``network`` (``network`` is a Switch, or whatever can be plugged into). ``restrict``: a user-mode network without a
+    way out. ``mac``: six bytes, made up where not given. ``pcap``: a file that records its frames.
+    """
+
+    kind: str
+    target: str = ""
+    network: Network | None = None
+    restrict: bool = False
+    mac: bytes | None = None
+    pcap: Path | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> NetConfig:
+        """``user|none|tap=IF|socket=PATH[,restrict][,mac=…][,pcap=FILE]``. Raises ConfigError."""
+        first, *options = text.split(",")
+        kind, _, target = first.partition("=")
+        if kind not in ("user", "none", "tap", "socket") or bool(target) is not (kind in ("tap", "socket")):
+            raise ConfigError(f"no network {first!r}; choose one of {', '.join(NETWORKS)}")
+        if kind == "tap" and not _INTERFACE.fullmatch(target):
+            raise ConfigError(f"{target!r} cannot be the name of a TAP interface")
+        restrict, mac, pcap = False, None, None
+        for option in options:
+            name, _, value = option.partition("=")
+            if option == "restrict" and kind == "user":
+                restrict = True
+            elif name == "mac" and _MAC.fullmatch(value) and not int(value[:2], 16) & 1:
+                mac = bytes.fromhex(value.replace(":", ""))
+            elif name == "pcap" and value:
+                pcap = Path(value)
+            else:
+                raise ConfigError(
+                    f"{option!r} means nothing to the network {first}: there are mac=52:54:00:…, pcap=FILE "
+                    "and, with user, restrict"
+                )
+        return cls(kind, target, restrict=restrict, mac=mac, pcap=pcap)
+
+
+#: What a caller may name a network with: a Switch, NetConfig, or text as for ``--net``.
+NetLike = str | NetConfig | Network
+
+
+def net_configs(nets: NetLike | Sequence[NetLike]) -> tuple[NetConfig, ...]:
+    """What ``nets`` names; ``none`` is left out. Raises ConfigError."""
+    several = nets if isinstance(nets, Sequence) and not isinstance(nets, str) else (nets,)
+    configs = []
+    for each in several:
+        if isinstance(each, str):
+            each = NetConfig.parse(each)
+        elif not isinstance(each, NetConfig):
+            each = NetConfig("network", network=each)
+        configs.append(each)
+    found = tuple(each for each in configs if each.kind != "none")
+    if found and len(found) < len(configs):
+        raise ConfigError("a VM has either no network or some")
+    if len(found) > NETS_MAX:
+        raise ConfigError(f"a VM has at most {NETS_MAX} network cards, not {len(found)}")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class PublishConfig:
+    """A port of the guest's that the host offers at ``address``, port ``host`` (0: any that is free)."""
+
+    host: int
+    guest: int
+    udp: bool = False
+    address: str = "127.0.0.1"
+
+    @classmethod
+    def parse(cls, text: str) -> PublishConfig:
+        """``[ADDRESS:]HOST:GUEST[/tcp|/udp]``. Raises ConfigError."""
+        ports, _, protocol = text.partition("/")
+        front, _, guest = ports.rpartition(":")
+        address, colon, host = front.rpartition(":")
+        try:
+            if protocol not in ("", "tcp", "udp") or not 0 <= int(host) <= 65535 or not 1 <= int(guest) <= 65535:
+                raise ValueError
+            where = str(ipaddress.ip_address(address.strip("[]"))) if colon else "127.0.0.1"
+        except ValueError:
+            raise ConfigError(f"{text!r} publishes no port; write it like 8080:80 or 127.0.0.1:5353:53/udp") from None
+        return cls(int(host), int(guest), protocol == "udp", where)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmConfig:
     """One virtual machine, resolved. ``memory`` is in bytes; ``ports`` are names of virtio console ports."""
@@ -101,6 +199,8 @@ class VmConfig:
     faults: Faults | None = None
     drives: tuple[DriveConfig, ...] = ()
     ports: tuple[str, ...] = ()
+    nets: tuple[NetConfig, ...] = ()
+    publish: tuple[PublishConfig, ...] = ()
 
     @classmethod
     def resolve(
@@ -117,10 +217,13 @@ class VmConfig:
         faults: str | Faults | None = None,
         drives: Sequence[DriveLike] = (),
         ports: Sequence[str] = (),
+        net: NetLike | Sequence[NetLike] = "none",
+        publish: Sequence[str | PublishConfig] = (),
+        pcap: str | os.PathLike[str] | None = None,
     ) -> VmConfig:
         """Check everything that can be checked without opening a file. Raises ConfigError.
 
-        ``append`` is added to the default command line; ``cmdline`` replaces it.
+        ``append`` is added to the default command line; ``cmdline`` replaces it. ``pcap`` records the first of ``net``.
         """
         size = parse_size(memory)
         if not MEMORY_MIN <= size <= MEMORY_MAX:
@@ -143,6 +246,14 @@ class VmConfig:
             raise ConfigError(f"a VM has at most {DRIVES_MAX} drives, not {len(drives)}")
         if len(ports) > PORTS_MAX or len(set(ports)) < len(ports) or not all(map(_PORT.fullmatch, ports)):
             raise ConfigError(f"console ports are up to {PORTS_MAX} different names of letters, digits, '.', '_', '-'")
+        nets = net_configs(net)
+        published = tuple(PublishConfig.parse(each) if isinstance(each, str) else each for each in publish)
+        if published and not any(each.kind == "user" for each in nets):
+            raise ConfigError("a port is published through a user-mode network: this VM has none (--net user)")
+        if pcap is not None:
+            if not nets:
+                raise ConfigError("there is no network to record: this VM has none")
+            nets = (replace(nets[0], pcap=Path(pcap)), *nets[1:])
         return cls(
             kernel=Path(kernel),
             initrd=None if initrd is None else Path(initrd),
@@ -154,4 +265,6 @@ class VmConfig:
             faults=Faults.parse(faults) if isinstance(faults, str) else faults,
             drives=tuple(map(drive_config, drives)),
             ports=tuple(ports),
+            nets=nets,
+            publish=published,
         )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(slots=True)
@@ -31,6 +32,17 @@ class Frame:
     csum_start: int = 0
     csum_offset: int = 0
     gso_size: int = 0
+
+    @property
+    def ipv6(self) -> bool:
+        """Whether it carries IPv6."""
+        at = 16 if self.data[12:14] == b"\x81\x00" else 12  # behind a VLAN tag
+        return self.data[at : at + 2] == b"\x86\xdd"
+
+    @property
+    def header_size(self) -> int:
+        """Bytes of all its headers, the TCP header's included: of a frame with ``gso_size``."""
+        return self.csum_start + (self.data[self.csum_start + 12] >> 4) * 4
 
 
 def _ignore() -> None:
@@ -71,3 +83,15 @@ def part(end: End) -> None:
     if end.peer is not None:
         end.peer.peer = None
         end.peer = None
+
+
+class Network(Protocol):
+    """What network cards can be plugged into: a switch."""
+
+    def plug(self, owner: object) -> End:
+        """An end for one more card, to be joined with the card's; ``owner`` is whose it is."""
+        ...
+
+    def unplug(self, end: End) -> None:
+        """The card at ``end`` is no more."""
+        ...

@@ -24,7 +24,9 @@ from avmm.aio import cancel, outlast
 from avmm.attachments import attachments_of, close_all, describe_all, open_all
 from avmm.attachments.base import Attachment
 from avmm.attachments.drive import DriveAttachment
+from avmm.attachments.net import NetAttachment
 from avmm.attachments.ports import PortsAttachment
+from avmm.backends.cable import Cable
 from avmm.backends.drive import Drive
 from avmm.backends.port import Port
 from avmm.backends.serial import SerialLine
@@ -33,7 +35,7 @@ from avmm.bootloader.image import load_kernel, read_file
 from avmm.bootloader.loader import ENTROPY_SIZE, Entry, load_linux, place
 from avmm.bootloader.machine import RAM_BASE, RNG_SEED_SIZE, build_fdt
 from avmm.clock import Clock, DeadlineTimers
-from avmm.config import DriveLike, VmConfig, drive_config
+from avmm.config import DriveLike, NetLike, PublishConfig, VmConfig, drive_config, net_configs
 from avmm.devices.virtio.transport import VirtioDevice
 from avmm.errors import AvmmError, ConfigError, GuestError, GuestGone, GuestPanic
 from avmm.faults import Faults
@@ -314,6 +316,23 @@ class VirtualMachine:
         self.config = replace(self.config, drives=(*self.config.drives, drive_config(drive)))
 
     @property
+    def nets(self) -> list[Cable]:
+        """The networks, in the order they were given, for their counters and faults; none before the VM is started."""
+        return [each.cable for each in self._all(NetAttachment) if each.cable is not None]
+
+    @property
+    def net(self) -> Cable:
+        """The first of :attr:`nets`. Raises ConfigError when there is none."""
+        if not self.nets:
+            raise ConfigError("this VM has no network, or has not been started")
+        return self.nets[0]
+
+    def add_net(self, net: NetLike) -> None:
+        """Give a VM that has not been started one more network: a Switch, text as for ``--net``, or NetConfig."""
+        self._expect_state("created")
+        self.config = replace(self.config, nets=net_configs([*self.config.nets, net]))
+
+    @property
     def ports(self) -> dict[str, Port]:
         """The host's ends of the virtio console's ports, by name; none before the VM is started."""
         return {name: port for each in self._all(PortsAttachment) for name, port in each.ports.items()}
@@ -560,6 +579,9 @@ def boot(
     reboot: bool = True,
     drives: Sequence[DriveLike] = (),
     ports: Sequence[str] = (),
+    net: NetLike | Sequence[NetLike] = "none",
+    publish: Sequence[str | PublishConfig] = (),
+    pcap: str | os.PathLike[str] | None = None,
     keep_output: int | None = None,
     monitor: bool = False,
     trace: str | os.PathLike[str] | None = None,
@@ -571,6 +593,8 @@ def boot(
     default kernel command line, ``cmdline`` replaces it; ``reboot=False`` ends the VM when the guest resets;
     ``drives`` are disks: paths with options as for ``--drive``, or DriveConfig; they are ``vm.drives`` then.
     ``ports`` names ports of a virtio console, ``vm.ports`` then: a terminal (``hvc0``) or any other name, a channel.
+    ``net`` is a network or several: a Switch, text as for ``--net``; ``vm.nets`` then, the first is ``vm.net``.
+    ``publish`` lists ports of the guest's as for ``--publish``; ``pcap`` names a file that records the first network.
     ``keep_output`` bounds how many bytes of console output are remembered; ``monitor`` lets ``avmm top`` see the VM;
     ``trace`` names a file for a timeline that Perfetto opens; ``faults`` makes softhv misbehave (:mod:`avmm.faults`).
     Raises ConfigError at once, ImageError and EngineError when it starts.
@@ -587,6 +611,9 @@ def boot(
         faults=faults,
         drives=drives,
         ports=ports,
+        net=net,
+        publish=publish,
+        pcap=pcap,
     )
 
     async def make() -> VirtualMachine:

@@ -8,6 +8,7 @@ from typing import Any
 
 from avmm.attachments.base import Attachment
 from avmm.attachments.drive import DriveAttachment
+from avmm.attachments.net import NetAttachment
 from avmm.attachments.ports import PortsAttachment
 from avmm.attachments.rng import RngAttachment
 from avmm.bootloader.machine import VIRTIO_SLOTS
@@ -19,6 +20,7 @@ def attachments_of(config: VmConfig) -> list[Attachment]:
     """What a VM of ``config`` is given, not opened yet, in the order of its virtio slots. Raises ConfigError."""
     given: list[Attachment] = [DriveAttachment(each, f"drive{index}") for index, each in enumerate(config.drives)]
     given.append(RngAttachment())
+    given += [NetAttachment(each, f"net{index}", config.publish) for index, each in enumerate(config.nets)]
     if config.ports:
         given.append(PortsAttachment(config.ports))
     if len(given) > VIRTIO_SLOTS:
@@ -52,7 +54,7 @@ def describe_all(config: VmConfig) -> dict[str, list[Any]]:
     attachments = attachments_of(config)
     open_all(attachments)
     try:
-        sections: dict[str, list[Any]] = {"drives": [], "ports": []}
+        sections: dict[str, list[Any]] = {"drives": [], "nets": [], "ports": []}
         for each in attachments:
             if each.section:
                 sections.setdefault(each.section, []).extend(each.describe())

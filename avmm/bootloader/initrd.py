@@ -48,6 +48,20 @@ exec </dev/console >/dev/console 2>&1
 hostname avmm
 ip link set lo up
 
+# avmm.ip=10.1.0.1/24 gives the first network card an address, avmm.ip=none leaves the cards alone; else: DHCP.
+address=dhcp
+for word in $(cat /proc/cmdline); do
+    case $word in avmm.ip=*) address=${word#avmm.ip=} ;; esac
+done
+for card in /sys/class/net/*; do
+    card=${card##*/}
+    case $address:$card in
+    *:lo | none:*) ;;
+    dhcp:*) ip link set "$card" up && udhcpc -i "$card" -b -t 2 -T 1 -A 10 -S >/dev/null 2>&1 ;;
+    *) ip link set "$card" up && ip addr add "$address" dev "$card"; address=none ;;
+    esac
+done
+
 for word in $(cat /proc/cmdline); do
     case $word in avmm.init=*) exec "${word#avmm.init=}" ;; esac
 done

@@ -31,6 +31,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "-d", "--drive", metavar="PATH[,ro][,snapshot][,format=raw|qcow2]", action="append", default=[], dest="drives",
         help="a disk, /dev/vda and on; ro: read only, snapshot: forget what is written (repeat for more)",
     )  # fmt: skip
+    p.add_argument(
+        "--net", metavar="user|none|tap=IF|socket=PATH[,restrict][,mac=…][,pcap=FILE]", action="append", dest="nets",
+        help="a network (repeat for more)",
+    )  # fmt: skip
+    p.add_argument(
+        "-p", "--publish", metavar="HOST:GUEST[/udp]", action="append", default=[],
+        help="offer the guest's port GUEST at port HOST of this host's loopback; ADDRESS:HOST:GUEST: elsewhere",
+    )  # fmt: skip
+    p.add_argument("--pcap", metavar="FILE", help="record the first network's frames in FILE, for tshark or Wireshark")
     p.add_argument("--timeout", metavar="SECONDS", type=_seconds, help="end with exit code 124 after this long")
     p.add_argument("--no-reboot", action="store_true", help="exit when the guest resets instead of rebooting it")
     p.add_argument("--dump-dtb", metavar="FILE", help="write the device tree to FILE and exit")
@@ -66,6 +75,9 @@ def run(args: argparse.Namespace) -> int:
         reboot=not args.no_reboot,
         faults=args.fault,
         drives=args.drives,
+        net=args.nets or "none",
+        publish=args.publish,
+        pcap=args.pcap,
     )
     if args.dry_run:
         import json

@@ -20,6 +20,7 @@ from avmm.devices.pl011 import PL011_SIZE, Pl011
 from avmm.devices.pl031 import PL031_SIZE, Pl031
 from avmm.devices.virtio.blk import Blk
 from avmm.devices.virtio.console import Console
+from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.rng import Rng
 from avmm.devices.virtio.transport import VIRTIO_MMIO_SIZE, VirtioDevice, VirtioMmio
 from avmm.memory import GuestMemory, Region
@@ -176,7 +177,11 @@ def console() -> Subject:
     return _virtio(Console([Port("hvc0", True), Port("agent", False)]))
 
 
-VIRTIO = [rng, blk, console]
+def net() -> Subject:
+    return _virtio(Net(bytes.fromhex("525400123456")))
+
+
+VIRTIO = [rng, blk, console, net]
 SUBJECTS = [distributor, redistributors, system_registers, pl011, pl031, *VIRTIO]
 Make = Callable[[], Subject]
 

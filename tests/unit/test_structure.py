@@ -24,7 +24,7 @@ BELOW = {
     "clock": {"errors"},
     "faults": {"errors"},
     "ram": {"errors"},
-    "config": {"errors", "faults"},
+    "config": {"errors", "faults", "link"},
     "hypervisor": {"errors", "faults", "memory"},
     "vcpu": {"errors", "bus", "clock", "hypervisor", "irq", "aio"},
     "devices": {"errors", "fdt", "irq", "link", "memory", "bus", "aio", "log"},
@@ -67,7 +67,8 @@ def test_files_stay_readable() -> None:
 def test_public_api() -> None:
     assert avmm.__all__ == [
         "AvmmError", "ConfigError", "Console", "EngineError", "FetchError", "GuestError", "GuestFault", "GuestGone",
-        "GuestPanic", "HostError", "ImageError", "Outcome", "VirtualMachine", "VmConfig", "WaitTimeout", "boot",
+        "GuestPanic", "HostError", "ImageError", "NetConfig", "Outcome", "Switch", "VirtualMachine", "VmConfig",
+        "WaitTimeout", "boot",
     ]  # fmt: skip
     for name in avmm.__all__:
         assert getattr(avmm, name) is not None

@@ -21,8 +21,10 @@ from avmm.backends.port import Port
 from avmm.devices.virtio import transport as mmio
 from avmm.devices.virtio.blk import Blk
 from avmm.devices.virtio.console import Console
+from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.rng import Rng
 from avmm.devices.virtio.transport import VirtioDevice
+from avmm.link import End, join
 from avmm.memory import GuestMemory, Region
 from avmm.testing.queue import INDIRECT, NEXT, RAM_BASE, RAM_SIZE, WRITE, FakeDriver, FakeQueue, attached
 
@@ -513,7 +515,14 @@ def make_console(folder: Path) -> tuple[VirtioDevice, Callable[[], None]]:
     return Console(ports), lambda: None
 
 
-MAKERS = [make_rng, make_blk, make_console]
+def make_net(folder: Path) -> tuple[VirtioDevice, Callable[[], None]]:
+    device = Net(bytes.fromhex("525400123456"))
+    echo = End(lambda frame: echo.send(frame) or True, offload=True)
+    join(device.end, echo)
+    return device, lambda: None
+
+
+MAKERS = [make_rng, make_blk, make_console, make_net]
 
 _ADDRESS = st.one_of(
     st.integers(RAM_BASE, RAM_BASE + 0x4000),
@@ -543,7 +552,7 @@ def _hostile(driver: FakeDriver, queue: FakeQueue, step: tuple[object, ...]) -> 
         case "describe", [int(index), int(address), int(length), int(flags), int(following)]:
             queue.describe(index, address, length, flags, following)
         case "request", [int(code), int(sector), int(length)]:
-            # Nearly right, so that more than the first check is reached.
+            # Nearly right, so that more than the first check is reached: a disk's header, or a network card's.
             at = RAM_BASE + 0x8000
             driver.memory.write(at, struct.pack("<IIQ", code, 0, sector))
             queue.describe(0, at, 16, NEXT, 1)
@@ -597,6 +606,11 @@ def test_a_hostile_driver_harms_nobody(
                     assert len(await driver.queue(0).request([], [8])) == 8
                 elif isinstance(device, Blk):
                     assert (await driver.queue(0).request([header(IN)], [512, 1]))[-1] == 0
+                elif isinstance(device, Net):
+                    driver.queue(0).add([], [2048])
+                    await driver.queue(1).request([bytes(12), b"a frame that comes back"], [])
+                    (back,) = await driver.queue(0).completed()
+                    assert back.data[12 : back.length] == b"a frame that comes back"
                 else:
                     await driver.queue(3).request([struct.pack("<IHH", 0, 0, 1)], [])
         finally:

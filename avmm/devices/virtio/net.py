@@ -294,11 +294,9 @@ def _header(frame: Frame, buffers: int) -> bytes:
         return _HEADER.pack(0, _GSO_NONE, 0, 0, 0, 0, buffers)
     if not frame.gso_size:
         return _HEADER.pack(_NEEDS_CSUM, _GSO_NONE, 0, 0, start, frame.csum_offset, buffers)
-    data = frame.data
-    at = 12 if data[12:14] != b"\x81\x00" else 16
-    kind = _GSO_TCPV6 if data[at : at + 2] == b"\x86\xdd" else _GSO_TCPV4
-    headers = start + (data[start + 12] >> 4) * 4
-    return _HEADER.pack(_NEEDS_CSUM, kind, headers, frame.gso_size, start, frame.csum_offset, buffers)
+    kind = _GSO_TCPV6 if frame.ipv6 else _GSO_TCPV4
+    size = frame.header_size
+    return _HEADER.pack(_NEEDS_CSUM, kind, size, frame.gso_size, start, frame.csum_offset, buffers)
 
 
 def _is_mac_table(data: bytes) -> bool:
