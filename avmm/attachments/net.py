@@ -15,6 +15,7 @@ from avmm.backends.tap import Tap
 from avmm.config import NetConfig, PublishConfig
 from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.transport import VirtioDevice
+from avmm.errors import ConfigError
 from avmm.link import End, Network, join, part
 
 
@@ -107,7 +108,8 @@ def _backend(config: NetConfig, cable: Cable) -> Backend:
         return Tap(config.target)
     if config.kind == "socket":
         return Stream(Path(config.target))
-    assert config.network is not None
+    if config.network is None:
+        raise ConfigError(f"there is no network {config.kind!r} yet")
     return _Plugged(config.network, cable)
 
 
