@@ -27,7 +27,7 @@ from avmm.bootloader import compress, deb, initrd
 from avmm.errors import FetchError, ImageError
 
 #: The meta package that depends on the newest kernel of each flavour.
-FLAVOURS = {"cloud": "linux-image-cloud-arm64", "generic": "linux-image-arm64"}
+FLAVOURS = {"cloud": "linux-image-cloud-arm64", "generic": "linux-image-arm64", "16k": "linux-image-arm64-16k"}
 
 _BUSYBOX = "busybox-static"
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -58,9 +58,9 @@ def fetch_debian(
 ) -> Fetched:
     """A Debian kernel and initrd for arm64, from ``cache`` (default: the user's) or else from Debian.
 
-    ``flavour`` is ``cloud`` (small, starts faster) or ``generic``. What the cache holds is checked against its
-    checksums and taken without asking the network, unless ``refresh``. Safe to call from several processes.
-    Raises FetchError.
+    ``flavour`` is ``cloud`` (small, starts faster), ``generic`` or ``16k`` (pages; from trixie on). What the
+    cache holds is checked against its checksums and taken without asking the network, unless ``refresh``. Safe to
+    call from several processes. Raises FetchError.
     """
     if flavour not in FLAVOURS:
         raise FetchError(f"no flavour {flavour!r}: choose one of {', '.join(FLAVOURS)}")
@@ -114,15 +114,18 @@ def _fetch(home: Path, release: str, flavour: str, mirror: str | None, progress:
             source = Apt(release, Path(scratch), progress)
         meta = source.find(FLAVOURS[flavour])
         # "linux-image-6.1.0-56-cloud-arm64 (= 6.1.192-2)": the version is the one there is
-        image = re.match(r"(linux-image-[\w.+-]+)", meta.get("Depends", ""))
-        if not image:
+        name = re.search(r"\blinux-image-([\w.+-]+)", meta.get("Depends", ""))
+        if not name:
             raise FetchError(f"{FLAVOURS[flavour]} of {release} names no kernel package")
-        kernel_deb = source.download(source.find(image[1]))
+        image = source.find(name[0])
+        # from Linux 7 on the kernel and its modules are packages of their own
+        parts = re.findall(rf"\blinux-(?:binary|modules|base)-{re.escape(name[1])}(?= )", image.get("Depends", ""))
+        kernel_debs = [source.download(stanza) for stanza in (image, *map(source.find, parts))]
         busybox_deb = source.download(source.find(_BUSYBOX))
         progress("building the initrd")
-        with deb.open_package(kernel_deb) as kernel, deb.open_package(busybox_deb) as busybox:
-            version = initrd.kernel_version(kernel)
-            files = {"vmlinuz": kernel.read(f"boot/vmlinuz-{version}"), "initrd": initrd.build(kernel, busybox)}
+        with deb.open_package(*kernel_debs) as kernel, deb.open_package(busybox_deb) as busybox:
+            version, path = initrd.find_kernel(kernel)
+            files = {"vmlinuz": kernel.read(path), "initrd": initrd.build(kernel, busybox)}
     folder = home / version
     folder.mkdir(exist_ok=True)
     for name, content in files.items():
@@ -368,7 +371,7 @@ class _Index:
         return bool(self._stanzas)
 
     def add(self, packages: str) -> None:
-        for found in re.finditer(rf"^Package: (linux-image-.*|{_BUSYBOX})\n(?:.+\n?)*", packages, re.MULTILINE):
+        for found in re.finditer(rf"^Package: (linux-(?:image|binary|modules|base)-.*|{_BUSYBOX})\n(?:.+\n?)*", packages, re.MULTILINE):
             fields = re.findall(r"^([A-Za-z0-9-]+): (.*)$", found[0], re.MULTILINE)
             stanza = dict(fields)
             if "Version" in stanza:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tarfile
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from avmm.bootloader import compress
@@ -16,15 +16,20 @@ _SUFFIXES = {".gz": "gzip", ".xz": "xz", ".zst": "zstd", ".lzma": "lzma"}
 
 
 class Package:
-    """The files of one package. Nothing is written where the archive says; members are read by name."""
+    """The files of one package, or of several together. Nothing is written where an archive says; members are read."""
 
-    def __init__(self, archive: tarfile.TarFile) -> None:
-        self._archive = archive
-        self.names = {member.name.removeprefix("./"): member for member in archive if member.isfile()}
+    def __init__(self, archives: Iterable[tarfile.TarFile]) -> None:
+        self.names = {
+            member.name.removeprefix("./"): (archive, member)
+            for archive in archives
+            for member in archive
+            if member.isfile()
+        }
 
     def read(self, name: str) -> bytes:
         """The content of ``name`` (no leading slash). Raises KeyError when there is no such file."""
-        stream = self._archive.extractfile(self.names[name])
+        archive, member = self.names[name]
+        stream = archive.extractfile(member)
         if stream is None:
             raise KeyError(name)
         with stream:
@@ -32,8 +37,14 @@ class Package:
 
 
 @contextmanager
-def open_package(path: Path) -> Iterator[Package]:
-    """The package at ``path``, its data unpacked to an unnamed temporary file. Raises ImageError."""
+def open_package(*paths: Path) -> Iterator[Package]:
+    """The packages at ``paths``, their data unpacked to unnamed temporary files. Raises ImageError."""
+    with ExitStack() as stack:
+        yield Package([stack.enter_context(_open_data(path)) for path in paths])
+
+
+@contextmanager
+def _open_data(path: Path) -> Iterator[tarfile.TarFile]:
     suffix, data = _data_member(path.read_bytes(), path.name)
     with tempfile.TemporaryFile() as spool:
         try:
@@ -44,7 +55,7 @@ def open_package(path: Path) -> Iterator[Package]:
                 spool.write(data)
             spool.seek(0)
             with tarfile.open(fileobj=spool, mode="r:") as archive:
-                yield Package(archive)
+                yield archive
         except tarfile.TarError as error:
             raise ImageError(f"{path.name}: its data.tar is damaged: {error}") from error
 

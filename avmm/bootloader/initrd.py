@@ -93,17 +93,21 @@ def recipe() -> str:
     return hashlib.sha256(made_of.encode()).hexdigest()
 
 
-def kernel_version(kernel: Package) -> str:
-    """The version (``uname -r``) of the kernel in a ``linux-image`` package. Raises ImageError when it holds none."""
-    found = [match[1] for name in kernel.names if (match := re.fullmatch(r"boot/vmlinuz-([\w.+~-]+)", name))]
+def find_kernel(kernel: Package) -> tuple[str, str]:
+    """The version (``uname -r``) of the kernel in a ``linux-image`` package, and where in it the kernel lies.
+
+    Raises ImageError when it holds none.
+    """
+    places = r"boot/vmlinuz-(?P<old>[\w.+~-]+)|usr/lib/modules/(?P<new>[\w.+~-]+)/vmlinuz"
+    found = [match for name in kernel.names if (match := re.fullmatch(places, name))]
     if len(found) != 1:
         raise ImageError(f"the kernel package holds {len(found)} kernels, not one")
-    return found[0]
+    return found[0]["old"] or found[0]["new"], found[0][0]
 
 
 def build(kernel: Package, busybox: Package) -> bytes:
     """The initrd for the kernel of one package, with the busybox of another. The same packages give the same bytes."""
-    version = kernel_version(kernel)
+    version, _ = find_kernel(kernel)
     roots = [root for root in ("lib/modules", "usr/lib/modules") if f"{root}/{version}/modules.builtin" in kernel.names]
     if not roots:
         raise ImageError(f"the kernel package holds no modules for {version}")

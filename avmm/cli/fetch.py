@@ -15,7 +15,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("what", choices=["debian"], help="whose kernel")
     parser.add_argument("--release", default="bookworm", help="a Debian release (default: %(default)s)")
     parser.add_argument(
-        "--flavour", choices=["cloud", "generic"], default="cloud", help="which kernel (default: %(default)s)"
+        "--flavour", choices=["cloud", "generic", "16k"], default="cloud", help="which kernel (default: %(default)s)"
     )
     parser.add_argument("--mirror", metavar="URL", help="a Debian mirror, for hosts without apt")
     parser.add_argument("--dir", metavar="DIR", help="where to keep it (default: your cache)")

@@ -18,11 +18,15 @@ from avmm.errors import FetchError
 #: What the fetched initrd prints when its shell is about to start.
 READY = rb"avmm: Debian \S+ ready"
 
+#: Where the kernels of other releases come from.
+MIRROR = os.environ.get("AVMM_DEBIAN_MIRROR", "http://deb.debian.org/debian")
 
-def fetch_or_skip(flavour: str) -> Fetched:
+
+def fetch_or_skip(flavour: str, release: str = "bookworm") -> Fetched:
     """A guest to boot. Where there is none the test is skipped, but not in CI."""
+    mirror = None if release == "bookworm" else MIRROR  # the host's apt may know one release only
     try:
-        return fetch_debian(flavour=flavour, progress=lambda text: None)
+        return fetch_debian(release, flavour, mirror, progress=lambda text: None)
     except FetchError as error:
         if os.environ.get("CI"):
             raise

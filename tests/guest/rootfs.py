@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import avmm
-from avmm.bootloader import cpio
+from avmm.bootloader import cpio, deb
 from avmm.debian import Apt, Fetched, cache_directory, fetch_debian
 from avmm.errors import FetchError
 
@@ -89,13 +89,31 @@ def rootfs(packages: Iterable[str], *, release: str = "bookworm", free: int = 25
     with (home / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not image.exists():
-            archives = _download(wanted, release, home / release)
+            archives = _download(wanted, release, home / release, "install")
             with tempfile.TemporaryDirectory(prefix="make-", dir=home) as scratch:
                 root, made = Path(scratch) / "root", Path(scratch) / "image"
                 _unpack(archives, root)
                 _make_image(root, made, free)
                 os.replace(made, image)
     return image
+
+
+def files_of(package: str, names: Iterable[str], *, release: str = "bookworm") -> list[Path]:
+    """Files ``names`` (no leading slash) out of one arm64 package, in the cache. Raises FetchError."""
+    home = cache_directory() / "rootfs"
+    home.mkdir(parents=True, exist_ok=True)
+    folder = home / f"{release}-{package}"
+    paths = [folder / name for name in names]
+    with (home / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not all(path.exists() for path in paths):
+            (archive,) = _download([package], release, home / release, "download")
+            with deb.open_package(archive) as opened:
+                for path, name in zip(paths, names, strict=True):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(opened.read(name))
+            archive.unlink()
+    return paths
 
 
 def initrd(guest: Fetched) -> Path:
@@ -159,19 +177,20 @@ async def booted(
 # --- making one --------------------------------------------------------------------------------------------------
 
 
-def _download(packages: list[str], release: str, home: Path) -> list[Path]:
-    """The package files of ``packages`` and what they depend on, their checksums proved by apt."""
+def _download(packages: list[str], release: str, home: Path, how: str) -> list[Path]:
+    """The files of ``packages`` (``install``: and of what they depend on), their checksums proved by apt."""
     home.mkdir(exist_ok=True)
     apt = Apt(release, home, lambda text: None)
-    asked = ["-q", "-y", "--no-install-recommends", "-t", release, "install", *packages]
+    archives = home / "cache/archives"
+    asked = ["-q", "-y", "--no-install-recommends", "-t", release, how, *packages]
     # It names only what is not there yet: look where nothing is.
-    printed = apt.run("apt-get", "--print-uris", "-o", f"Dir::Cache::Archives={home}/none/", *asked).stdout
+    printed = apt.run("apt-get", "--print-uris", "-o", f"Dir::Cache::Archives={home}/none/", *asked, cwd=home).stdout
     # 'http://…/libc6_2.36-9_arm64.deb' libc6_2.36-9_arm64.deb 2300000 SHA256:…
     names = re.findall(r"^'[^']+' (\S+\.deb) \d+ ", printed, re.MULTILINE)
     if not names:
         raise FetchError(f"apt found nothing to download for {' '.join(packages)}")
-    apt.run("apt-get", "--download-only", *asked)
-    return [home / "cache/archives" / name for name in names]
+    apt.run("apt-get", "--download-only", *asked, cwd=archives)
+    return [archives / name for name in names]
 
 
 def _unpack(archives: list[Path], root: Path) -> None:
