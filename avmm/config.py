@@ -39,6 +39,11 @@ DRIVES_MAX = 24
 PORTS_MAX = 30
 _PORT = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
+#: The length of a share's tag (virtio 1.2, 5.11.4), and how long the guest may be out of date, in seconds.
+TAG_MAX = 36
+CACHE_MAX = 86400
+_TAG = re.compile(rf"[\w.-]{{1,{TAG_MAX}}}", re.ASCII)
+
 _SIZE = re.compile(r"(\d+)\s*([kmgt]?)i?b?", re.IGNORECASE)
 
 
@@ -185,6 +190,58 @@ class PublishConfig:
         return cls(int(host), int(guest), protocol == "udp", where)
 
 
+@dataclass(frozen=True, slots=True)
+class ShareConfig:
+    """One folder of the host. ``tag`` is what the guest mounts it by; ``cache``: for how many seconds the guest may
+    believe names and attributes it has seen, while the host may have changed them."""
+
+    path: Path
+    tag: str
+    writable: bool = False
+    cache: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str | os.PathLike[str]) -> ShareConfig:
+        """``DIR[:TAG][:rw][:cache=SECONDS]``; without TAG it is the folder's own name. Raises ConfigError."""
+        rest = os.fspath(text)
+        writable, cache = False, 0.0
+        while (tail := rest.rpartition(":"))[1] and (tail[2] in ("ro", "rw") or tail[2].startswith("cache=")):
+            rest = tail[0]
+            if tail[2].startswith("cache="):
+                cache = _cache(rest, tail[2].removeprefix("cache="))
+            else:
+                writable = tail[2] == "rw"
+        path, given, tag = rest.rpartition(":")
+        if not given or "/" in tag:
+            path, tag = rest, ""
+        if not path:
+            raise ConfigError("a share needs a folder: DIR[:TAG][:rw][:cache=SECONDS]")
+        if not tag:
+            tag = re.sub(r"[^\w.-]", "_", os.path.basename(os.path.abspath(path)), flags=re.ASCII)[:TAG_MAX] or "share"
+        elif not _TAG.fullmatch(tag):
+            raise ConfigError(f"the tag {tag!r} of a share is not 1 to {TAG_MAX} letters, digits, '.', '_' or '-'")
+        return cls(Path(path), tag, writable, cache)
+
+
+def _cache(path: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= CACHE_MAX:
+        raise ConfigError(f"the share {path} takes cache=SECONDS from 0 to {CACHE_MAX}, not {text!r}")
+    return value
+
+
+#: What a caller may name a share with.
+ShareLike = str | os.PathLike[str] | ShareConfig
+
+
+def share_config(share: ShareLike) -> ShareConfig:
+    """What ``share`` names. Raises ConfigError."""
+    return share if isinstance(share, ShareConfig) else ShareConfig.parse(share)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmConfig:
     """One virtual machine, resolved. ``memory`` is in bytes; ``ports`` are names of virtio console ports."""
@@ -201,6 +258,12 @@ class VmConfig:
     ports: tuple[str, ...] = ()
     nets: tuple[NetConfig, ...] = ()
     publish: tuple[PublishConfig, ...] = ()
+    shares: tuple[ShareConfig, ...] = ()
+
+    @property
+    def bootargs(self) -> str:
+        """The kernel's command line with what the guest is to know of its devices: it finds no tag by itself."""
+        return " ".join((self.cmdline, *(f"avmm.share={share.tag}" for share in self.shares)))
 
     @classmethod
     def resolve(
@@ -220,6 +283,7 @@ class VmConfig:
         net: NetLike | Sequence[NetLike] = "none",
         publish: Sequence[str | PublishConfig] = (),
         pcap: str | os.PathLike[str] | None = None,
+        shares: Sequence[ShareLike] = (),
     ) -> VmConfig:
         """Check everything that can be checked without opening a file. Raises ConfigError.
 
@@ -240,8 +304,6 @@ class VmConfig:
         line = " ".join(part for part in (line.strip(), append.strip()) if part)
         if "\0" in line or not line.isascii():
             raise ConfigError("the kernel command line must be plain ASCII")
-        if len(line) > CMDLINE_MAX:
-            raise ConfigError(f"the kernel command line has {len(line)} characters; arm64 Linux reads {CMDLINE_MAX}")
         if len(drives) > DRIVES_MAX:
             raise ConfigError(f"a VM has at most {DRIVES_MAX} drives, not {len(drives)}")
         if len(ports) > PORTS_MAX or len(set(ports)) < len(ports) or not all(map(_PORT.fullmatch, ports)):
@@ -254,7 +316,7 @@ class VmConfig:
             if not nets:
                 raise ConfigError("there is no network to record: this VM has none")
             nets = (replace(nets[0], pcap=Path(pcap)), *nets[1:])
-        return cls(
+        config = cls(
             kernel=Path(kernel),
             initrd=None if initrd is None else Path(initrd),
             cmdline=line,
@@ -267,4 +329,10 @@ class VmConfig:
             ports=tuple(ports),
             nets=nets,
             publish=published,
+            shares=tuple(map(share_config, shares)),
         )
+        if len(config.bootargs) > CMDLINE_MAX:
+            raise ConfigError(
+                f"the kernel command line has {len(config.bootargs)} characters; arm64 Linux reads {CMDLINE_MAX}"
+            )
+        return config

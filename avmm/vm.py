@@ -26,16 +26,27 @@ from avmm.attachments.base import Attachment
 from avmm.attachments.drive import DriveAttachment
 from avmm.attachments.net import NetAttachment
 from avmm.attachments.ports import PortsAttachment
+from avmm.attachments.share import ShareAttachment
 from avmm.backends.cable import Cable
 from avmm.backends.drive import Drive
 from avmm.backends.port import Port
 from avmm.backends.serial import SerialLine
+from avmm.backends.share.server import Share
 from avmm.board import Board
 from avmm.bootloader.image import load_kernel, read_file
 from avmm.bootloader.loader import ENTROPY_SIZE, Entry, load_linux, place
 from avmm.bootloader.machine import RAM_BASE, RNG_SEED_SIZE, build_fdt
 from avmm.clock import Clock, DeadlineTimers
-from avmm.config import DriveLike, NetLike, PublishConfig, VmConfig, drive_config, net_configs
+from avmm.config import (
+    DriveLike,
+    NetLike,
+    PublishConfig,
+    ShareLike,
+    VmConfig,
+    drive_config,
+    net_configs,
+    share_config,
+)
 from avmm.devices.virtio.transport import VirtioDevice
 from avmm.errors import AvmmError, ConfigError, GuestError, GuestGone, GuestPanic
 from avmm.faults import Faults
@@ -333,6 +344,17 @@ class VirtualMachine:
         self.config = replace(self.config, nets=net_configs([*self.config.nets, net]))
 
     @property
+    def shares(self) -> list[Share]:
+        """The shared folders, in the order they were given, for their counters; none before the VM is started."""
+        return [each.share for each in self._all(ShareAttachment) if each.share is not None]
+
+    def add_share(self, share: ShareLike) -> None:
+        """Share one more folder with a VM that has not been started: a path with options as for ``--share``, or
+        ShareConfig."""
+        self._expect_state("created")
+        self.config = replace(self.config, shares=(*self.config.shares, share_config(share)))
+
+    @property
     def ports(self) -> dict[str, Port]:
         """The host's ends of the virtio console's ports, by name; none before the VM is started."""
         return {name: port for each in self._all(PortsAttachment) for name, port in each.ports.items()}
@@ -435,7 +457,7 @@ class VirtualMachine:
             self._memory,
             kernel,
             initrd,
-            cmdline=self.config.cmdline,
+            cmdline=self.config.bootargs,
             cpus=[sysregs.mpidr(index) for index in range(self.config.cpus)],
             devices=self._board.nodes(),
             entropy=os.urandom(ENTROPY_SIZE),
@@ -582,6 +604,7 @@ def boot(
     net: NetLike | Sequence[NetLike] = "none",
     publish: Sequence[str | PublishConfig] = (),
     pcap: str | os.PathLike[str] | None = None,
+    shares: Sequence[ShareLike] = (),
     keep_output: int | None = None,
     monitor: bool = False,
     trace: str | os.PathLike[str] | None = None,
@@ -592,6 +615,7 @@ def boot(
     Also ``vm = await avmm.boot(...)``, which you end yourself with ``await vm.stop()``. ``append`` is added to the
     default kernel command line, ``cmdline`` replaces it; ``reboot=False`` ends the VM when the guest resets;
     ``drives`` are disks: paths with options as for ``--drive``, or DriveConfig; they are ``vm.drives`` then.
+    ``shares`` are folders of the host: paths with options as for ``--share``, or ShareConfig.
     ``ports`` names ports of a virtio console, ``vm.ports`` then: a terminal (``hvc0``) or any other name, a channel.
     ``net`` is a network or several: a Switch, text as for ``--net``; ``vm.nets`` then, the first is ``vm.net``.
     ``publish`` lists ports of the guest's as for ``--publish``; ``pcap`` names a file that records the first network.
@@ -614,6 +638,7 @@ def boot(
         net=net,
         publish=publish,
         pcap=pcap,
+        shares=shares,
     )
 
     async def make() -> VirtualMachine:
@@ -640,7 +665,7 @@ def describe(config: VmConfig) -> dict[str, Any]:
             "page_size": kernel.page_size,
         },
         "initrd": None if initrd is None else {"path": os.fspath(config.initrd or ""), "bytes": len(initrd)},
-        "cmdline": config.cmdline,
+        "cmdline": config.bootargs,
         "memory": config.memory,
         "cpus": config.cpus,
         "engine": engine,
@@ -658,7 +683,7 @@ def device_tree(config: VmConfig) -> bytes:
     return build_fdt(
         ram=[(RAM_BASE, config.memory)],
         cpus=[sysregs.mpidr(index) for index in range(config.cpus)],
-        bootargs=config.cmdline,
+        bootargs=config.bootargs,
         initrd=(layout.initrd, layout.initrd_end) if initrd else None,
         devices=_described_board(config).nodes(),
         rng_seed=entropy[:RNG_SEED_SIZE],

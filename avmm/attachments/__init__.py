@@ -11,6 +11,7 @@ from avmm.attachments.drive import DriveAttachment
 from avmm.attachments.net import NetAttachment
 from avmm.attachments.ports import PortsAttachment
 from avmm.attachments.rng import RngAttachment
+from avmm.attachments.share import ShareAttachment
 from avmm.bootloader.machine import VIRTIO_SLOTS
 from avmm.config import VmConfig
 from avmm.errors import AvmmError, ConfigError
@@ -23,6 +24,10 @@ def attachments_of(config: VmConfig) -> list[Attachment]:
     given += [NetAttachment(each, f"net{index}", config.publish) for index, each in enumerate(config.nets)]
     if config.ports:
         given.append(PortsAttachment(config.ports))
+    tags = [share.tag for share in config.shares]
+    if len(set(tags)) < len(tags):
+        raise ConfigError(f"two shares have one tag: name them with DIR:TAG (they are {', '.join(tags)})")
+    given += [ShareAttachment(each) for each in config.shares]
     if len(given) > VIRTIO_SLOTS:
         raise ConfigError(f"a VM has room for {VIRTIO_SLOTS} virtio devices, not {len(given)}")
     return given
@@ -54,7 +59,7 @@ def describe_all(config: VmConfig) -> dict[str, list[Any]]:
     attachments = attachments_of(config)
     open_all(attachments)
     try:
-        sections: dict[str, list[Any]] = {"drives": [], "nets": [], "ports": []}
+        sections: dict[str, list[Any]] = {"drives": [], "nets": [], "ports": [], "shares": []}
         for each in attachments:
             if each.section:
                 sections.setdefault(each.section, []).extend(each.describe())

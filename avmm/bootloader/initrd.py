@@ -1,7 +1,8 @@
 """The initrd ``avmm fetch`` makes: busybox, one kernel's virtio drivers and file systems, and a short ``/init``.
 
 ``/init`` mounts the usual file systems, loads what ``/etc/modules`` names and then the drivers of the virtio devices
-that are there, and gives a shell on the console. ``avmm.init=/path`` on the kernel's command line names another
+that are there, mounts the folder shared as TAG at ``/mnt/TAG`` for each ``avmm.share=TAG`` on the kernel's command
+line, and gives a shell on the console. ``avmm.init=/path`` on the kernel's command line names another
 program to run instead of the shell: append a second archive that holds it (:func:`avmm.bootloader.cpio.append`).
 """
 
@@ -62,6 +63,10 @@ for card in /sys/class/net/*; do
     esac
 done
 
+for word in $(cat /proc/cmdline); do
+    tag=${word#avmm.share=}
+    [ "$tag" != "$word" ] && mkdir -p "/mnt/$tag" && mount -t virtiofs "$tag" "/mnt/$tag"
+done
 for word in $(cat /proc/cmdline); do
     case $word in avmm.init=*) exec "${word#avmm.init=}" ;; esac
 done

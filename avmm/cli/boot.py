@@ -40,6 +40,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="offer the guest's port GUEST at port HOST of this host's loopback; ADDRESS:HOST:GUEST: elsewhere",
     )  # fmt: skip
     p.add_argument("--pcap", metavar="FILE", help="record the first network's frames in FILE, for tshark or Wireshark")
+    p.add_argument(
+        "--share", metavar="DIR[:TAG][:rw][:cache=SECONDS]", action="append", default=[], dest="shares",
+        help="a folder, /mnt/TAG in the fetched initrd; read-only unless rw (repeat for more)",
+    )  # fmt: skip
     p.add_argument("--timeout", metavar="SECONDS", type=_seconds, help="end with exit code 124 after this long")
     p.add_argument("--no-reboot", action="store_true", help="exit when the guest resets instead of rebooting it")
     p.add_argument("--dump-dtb", metavar="FILE", help="write the device tree to FILE and exit")
@@ -78,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         net=args.nets or "none",
         publish=args.publish,
         pcap=args.pcap,
+        shares=args.shares,
     )
     if args.dry_run:
         import json

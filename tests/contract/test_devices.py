@@ -20,6 +20,7 @@ from avmm.devices.pl011 import PL011_SIZE, Pl011
 from avmm.devices.pl031 import PL031_SIZE, Pl031
 from avmm.devices.virtio.blk import Blk
 from avmm.devices.virtio.console import Console
+from avmm.devices.virtio.fs import Fs
 from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.rng import Rng
 from avmm.devices.virtio.transport import VIRTIO_MMIO_SIZE, VirtioDevice, VirtioMmio
@@ -181,7 +182,27 @@ def net() -> Subject:
     return _virtio(Net(bytes.fromhex("525400123456")))
 
 
-VIRTIO = [rng, blk, console, net]
+class Served:
+    """A share's backend that no register ever reaches either."""
+
+    def serve(self, readable: list[memoryview], writable: list[memoryview]) -> int:
+        raise AssertionError
+
+    async def finish(self, work: Callable[[], int]) -> int:
+        raise AssertionError
+
+    def save(self) -> None:
+        pass
+
+    def restore(self, state: None) -> None:
+        pass
+
+
+def fs() -> Subject:
+    return _virtio(Fs(Served(), "tag"))
+
+
+VIRTIO = [rng, blk, console, net, fs]
 SUBJECTS = [distributor, redistributors, system_registers, pl011, pl031, *VIRTIO]
 Make = Callable[[], Subject]
 

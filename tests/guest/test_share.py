@@ -1,0 +1,112 @@
+"""Shared folders in a real guest."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+import avmm
+from avmm.debian import Fetched
+from tests.guest.conftest import READY
+from tests.guest.test_drives import shell
+
+pytestmark = pytest.mark.guest
+
+
+def make_tree(root: Path, files: int) -> None:
+    """Files of all sizes, links, modes and names in nested folders."""
+    chance = random.Random(1)
+    folders = [root]
+    for index in range(files):
+        if index % 10 == 0:
+            folders.append(chance.choice(folders) / f"folder {index}")
+            folders[-1].mkdir(parents=True)
+        path = chance.choice(folders) / f"file-{index}é"
+        path.write_bytes(chance.randbytes(chance.choice([0, 1, 100, 4096, 5000, 300_000])))
+        path.chmod(chance.choice([0o644, 0o600, 0o755]))
+        os.utime(path, ns=(0, chance.randrange(10**18)))
+    (root / "link").symlink_to("file-0é")
+    (root / "broken").symlink_to("/nowhere/at all")
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What is not the same in two trees: names, types, modes, times, contents."""
+    found = []
+    names = {str(p.relative_to(one)) for p in one.rglob("*")} | {str(p.relative_to(other)) for p in other.rglob("*")}
+    for name in sorted(names):
+        a, b = one / name, other / name
+        if not (os.path.lexists(a) and os.path.lexists(b)):
+            found.append(f"{name} is missing")
+            continue
+        s, t = a.lstat(), b.lstat()
+        if s.st_mode != t.st_mode or (a.is_file() and not a.is_symlink() and int(s.st_mtime) != int(t.st_mtime)):
+            found.append(f"{name}: {s.st_mode:o} {s.st_mtime}, {t.st_mode:o} {t.st_mtime}")
+        elif a.is_symlink():
+            found += [] if os.readlink(a) == os.readlink(b) else [f"{name} points elsewhere"]
+        elif a.is_file() and not filecmp.cmp(a, b, shallow=False):
+            found.append(f"{name} has other content")
+    return found
+
+
+async def test_a_tree_copied_both_ways(debian: Fetched, tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    make_tree(source, 200)
+    async with avmm.boot(debian.kernel, debian.initrd, shares=[source, f"{target}:out:rw"]) as vm:
+        await vm.console.expect(READY, timeout=120)
+        # Through the guest's memory, and from share to share.
+        code, said = await shell(vm, "cp -a /mnt/source /tmp/copy && cp -a /tmp/copy /mnt/out/one && sync", 120)
+        assert code == 0, said
+        code, said = await shell(vm, "cp -a /mnt/source /mnt/out/two && diff -r /mnt/out/one /mnt/out/two", 120)
+        assert code == 0, said
+        # What the host writes is seen at once, and what the guest writes too.
+        (target / "note").write_text("from the host\n")
+        code, said = await shell(vm, "cat /mnt/out/note && echo from the guest >/mnt/out/note")
+        assert said.strip() == "from the host"
+        assert (target / "note").read_text() == "from the guest\n"
+        (target / "note").write_text("a longer one from the host\n")
+        _, said = await shell(vm, "cat /mnt/out/note")
+        assert said.strip() == "a longer one from the host"
+        assert set(vm.counters()["guest_errors"].values()) == {0}
+    assert differences(source, target / "one") == []
+    assert differences(source, target / "two") == []
+
+
+async def test_read_only_and_no_way_out(debian: Fetched, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "secret").write_text("the host's own")
+    (folder / "file").write_text("original")
+    (folder / "up").symlink_to("../secret")
+    (folder / "absolute").symlink_to(tmp_path / "secret")
+    (folder / "root").symlink_to("/")
+    async with avmm.boot(debian.kernel, debian.initrd, shares=[f"{folder}:it"]) as vm:
+        await vm.console.expect(READY, timeout=120)
+        for attempt in ("echo new >/mnt/it/file", "touch /mnt/it/new", "rm -f /mnt/it/file", "chmod 777 /mnt/it/file",
+                        "mkdir /mnt/it/d", "mv /mnt/it/file /mnt/it/x"):  # fmt: skip
+            code, said = await shell(vm, attempt)
+            assert code != 0, attempt
+            assert "Read-only" in said
+        for attempt in (f"cat /mnt/it/root{tmp_path}/secret", "cat /mnt/it/up", "cat /mnt/it/absolute"):
+            code, said = await shell(vm, attempt)
+            assert code != 0, attempt
+            assert "No such file" in said
+        # ".." at the top is the guest's own.
+        _, said = await shell(vm, "ls /mnt/it/..")
+        assert said.split() == ["it"]
+    assert (folder / "file").read_text() == "original"
+
+
+async def test_shares_survive_a_reset(debian: Fetched, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("still here")
+    async with avmm.boot(debian.kernel, debian.initrd, shares=[f"{tmp_path}:it"]) as vm:
+        await vm.console.expect(READY, timeout=120)
+        vm.console.write(b"exec 5</mnt/it/file; reboot -f\n")
+        await vm.console.expect(READY, timeout=120)
+        _, said = await shell(vm, "cat /mnt/it/file; umount /mnt/it; mount -t virtiofs it /mnt/it; cat /mnt/it/file")
+        assert said.count("still here") == 2
