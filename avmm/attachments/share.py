@@ -44,6 +44,10 @@ class ShareAttachment(Attachment):
         assert self.share is not None
         return Fs(self.share, self._config.tag)
 
+    def fork(self) -> ShareAttachment:
+        """See :class:`Attachment`: the same folder; both see what either does to it."""
+        return ShareAttachment(self._config)
+
     def close(self) -> None:
         """See :class:`Attachment`."""
         share, self.share = self.share, None

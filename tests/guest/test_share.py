@@ -110,3 +110,16 @@ async def test_shares_survive_a_reset(debian: Fetched, tmp_path: Path) -> None:
         await vm.console.expect(READY, timeout=120)
         _, said = await shell(vm, "cat /mnt/it/file; umount /mnt/it; mount -t virtiofs it /mnt/it; cat /mnt/it/file")
         assert said.count("still here") == 2
+
+
+async def test_a_twin_goes_on_in_the_folder(debian: Fetched, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "file").write_text("one\ntwo\nthree\n")
+    async with avmm.boot(debian.kernel, debian.initrd, shares=[f"{tmp_path}:it:rw"]) as vm:
+        await vm.console.expect(READY, timeout=120)
+        await shell(vm, "cd /mnt/it/sub; exec 5<file; read line <&5; exec 6>>log; echo both >&6")
+        async with vm.fork() as twin:
+            _, said = await shell(twin, "read line <&5; pwd; echo twin >&6; cat file log; ls")
+            assert said.split() == ["/mnt/it/sub", "one", "two", "three", "both", "twin", "file", "log"]
+        _, said = await shell(vm, "echo parent >&6; cat log")
+        assert said.split() == ["both", "twin", "parent"]
