@@ -261,8 +261,10 @@ struct mail {
     struct { uint64_t pa, size; } code[MAIL_MAX];
 };
 
+enum { SCRATCH_COUNT = 8 };
 struct vcpu {
     uint64_t x[R_COUNT];
+    uint64_t scratch[SCRATCH_COUNT]; /* registers of compiled code's own, numbered from R_COUNT on */
     uint64_t pc;        /* exact between blocks; inside one use pc_of() */
     uint64_t block_pc;  /* VA of the running block's first instruction */
     uint32_t nzcv;      /* PSTATE.NZCV in bits 31:28, the rest zero */

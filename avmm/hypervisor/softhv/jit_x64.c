@@ -5,19 +5,22 @@
 #ifdef JIT_X64
 
 #include <stdlib.h>
+#include <stdio.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { CODE_SIZE = 64 << 20, TRACE_BYTES = 64 << 10, STUBS_BYTES = 4 << 10, ROWS_MAX = 2048 };
+enum { CODE_SIZE = 64 << 20, TRACE_BYTES = 32 << 10, STUBS_BYTES = 4 << 10, ROWS_MAX = 2048 };
 
 /* The same memory twice: no page is ever both writable and executable at one address. */
 struct jit {
     uint8_t *write;
     const uint8_t *exec;
-    size_t limit, used, stubs; /* bytes; the stubs at the start survive flushes */
+    size_t limit;            /* bytes */
+    size_t stubs, used;      /* from the start: what survives flushes, and then what is run */
+    size_t cold, cold_used;  /* further up: from where and to where slow paths are, out of the way of the rest */
     int32_t threshold;
     /* As written, not as run: point() takes distances. */
-    const uint8_t *enter, *lookup, *lookup_far, *link, *dropped, *call, *call_flags;
+    const uint8_t *enter, *lookup, *lookup_far, *link, *dropped, *call, *call_flags, *slow, *slow_flags;
 };
 
 static const struct emitter *emitter_of[ROWS_MAX];
@@ -30,7 +33,7 @@ enum { FAR_GEN = 2, FAR_PAGE = 25, FAR_JUMP = 50 };
 /* ---- Guest registers in host registers --------------------------------------------------------------------------- */
 
 static const uint8_t pool[] = {RBX, R12, R13, RSI, RDI, R8, R9, R10, R11};
-enum { POOL = sizeof pool, CALLER_SAVED = 1 << RSI | 1 << RDI | 1 << R8 | 1 << R9 | 1 << R10 | 1 << R11 };
+enum { POOL = sizeof pool };
 
 static void no_regs(struct regs *regs) {
     memset(regs->guest, NO_GUEST, sizeof regs->guest);
@@ -58,6 +61,8 @@ static unsigned allocate(struct emit *e, unsigned guest) {
     }
     if (e->regs.dirty >> h & 1)
         store(e, 1, h, CPU, X_AT(e->regs.guest[h]));
+    if (e->regs.guest[h] != NO_GUEST)
+        e->short_of_regs = true;
     drop(&e->regs, h);
     e->regs.guest[h] = (uint8_t)guest;
     e->regs.host[guest] = (uint8_t)h;
@@ -80,9 +85,16 @@ void dirty(struct emit *e, unsigned guest) {
         e->regs.dirty |= (uint16_t)(1u << e->regs.host[guest]);
 }
 
+void forget(struct emit *e, unsigned guest) {
+    if (e->regs.host[guest] != NO_REG)
+        drop(&e->regs, e->regs.host[guest]);
+}
+
 unsigned use(struct emit *e, unsigned guest) {
     bool there = e->regs.host[guest] != NO_REG;
     unsigned h = reserve(e, guest);
+    if (!there && !e->short_of_regs)
+        e->early |= UINT64_C(1) << guest;
     if (!there)
         load(e, 1, h, CPU, X_AT(guest));
     return h;
@@ -102,9 +114,10 @@ unsigned use_def(struct emit *e, unsigned guest) {
     return h;
 }
 
+/* All but scratch registers, which are good for this block only. */
 static void spill(struct emit *e, const struct regs *regs) {
     for (unsigned i = 0; i < POOL; i++)
-        if (regs->dirty >> pool[i] & 1)
+        if (regs->dirty >> pool[i] & 1 && regs->guest[pool[i]] < R_COUNT)
             store(e, 1, pool[i], CPU, X_AT(regs->guest[pool[i]]));
 }
 
@@ -131,25 +144,83 @@ static void flags_from_memory(struct emit *e) {
     alu_imm(e, 0, XOR, FLAGS, RAW_NOT_C);
 }
 
-void need_flags(struct emit *e) {
-    if (!(e->regs.flags & FLAGS_IN_REG))
-        flags_from_memory(e);
-    e->regs.flags |= FLAGS_IN_REG;
-}
-
-void keep_flags(struct emit *e) {
-    e->host_flags = e->flags_live;
-    if (!e->flags_live)
-        return;
+static void flags_to_reg(struct emit *e) {
     byte(e, 0x9f); /* LAHF */
     op_rr(e, 0, 0x0f90 | O, 0, RAX);
     mov(e, 0, FLAGS, RAX);
-    e->regs.flags = FLAGS_IN_REG;
+}
+
+/* Puts NZCV into the host's flags, by the operation that had set them. */
+static void flags_again(struct emit *e) {
+    const struct again_by *a = &e->regs.again;
+    unsigned n = e->regs.host[a->n], m = a->kind == CMP_REG || a->kind == TEST_REG ? e->regs.host[a->m] : NO_REG;
+    if (n == NO_REG) {
+        load(e, 1, RAX, CPU, X_AT(a->n));
+        n = RAX;
+    }
+    switch (a->kind) {
+    case CMP_REG:
+    case TEST_REG: {
+        uint32_t op = a->kind == CMP_REG ? 8 * CMP + 3 : 0x85;
+        if (m == NO_REG)
+            op_rm(e, a->wide, op, n, CPU, X_AT(a->m));
+        else
+            op_rr(e, a->wide, op, n, m);
+        break;
+    }
+    case CMP_IMM: alu_imm(e, a->wide, CMP, n, a->imm); break;
+    case TEST_IMM: test_imm_w(e, a->wide, n, a->imm); break;
+    case UNDO_SUB_IMM:
+        lea(e, a->wide, RAX, n, a->imm);
+        alu_imm(e, a->wide, CMP, RAX, a->imm);
+        break;
+    case UNDO_ADD_IMM:
+        lea(e, a->wide, RAX, n, -a->imm);
+        alu_imm(e, a->wide, ADD, RAX, a->imm);
+        break;
+    default: /* ADD_IMM */
+        mov(e, 1, RAX, n);
+        alu_imm(e, a->wide, ADD, RAX, a->imm);
+    }
+    if (a->kind == TEST_REG || a->kind == TEST_IMM)
+        stc(e); /* C is 0 */
+    else if (a->kind == ADD_IMM || a->kind == UNDO_ADD_IMM)
+        cmc(e);
+    e->host_flags = true;
+}
+
+void need_flags(struct emit *e) {
+    if (!(e->regs.flags & FLAGS_IN_REG)) {
+        if (e->regs.flags & FLAGS_AGAIN) {
+            if (!e->host_flags)
+                flags_again(e);
+            flags_to_reg(e);
+        } else {
+            flags_from_memory(e);
+            e->host_flags = false;
+        }
+    }
+    e->regs.flags |= FLAGS_IN_REG;
+}
+
+void keep_flags(struct emit *e, struct again_by again) {
+    e->host_flags = e->flags_live;
+    if (!e->flags_live)
+        return;
+    if (again.kind == AGAIN_NEVER) {
+        flags_to_reg(e);
+        e->regs.flags = FLAGS_IN_REG;
+    } else {
+        e->regs.again = again;
+        e->regs.flags = FLAGS_AGAIN;
+    }
 }
 
 unsigned condition(struct emit *e, unsigned arm) {
     static const uint8_t conditions[14] = {E, NE, AE, B, S, NS, O, NO, A, BE, GE, L, G, LE};
-    if (!e->host_flags) {
+    if (!e->host_flags && e->regs.flags & FLAGS_AGAIN) {
+        flags_again(e);
+    } else if (!e->host_flags) {
         need_flags(e);
         mov(e, 0, RAX, FLAGS);
         byte(e, 0x04), byte(e, 0x7f); /* ADD AL, 127 overflows when V is set */
@@ -211,7 +282,7 @@ static void leave_to_header(struct emit *e, const struct uop *u) {
     for (unsigned i = 0; i < POOL; i++) {
         unsigned h = pool[i];
         bool kept = e->back.guest[h] == e->regs.guest[h] && e->back.dirty >> h & 1;
-        if (e->regs.dirty >> h & 1 && !kept)
+        if (e->regs.dirty >> h & 1 && !kept && e->regs.guest[h] < R_COUNT)
             store(e, 1, h, CPU, X_AT(e->regs.guest[h]));
     }
     for (unsigned i = 0; i < POOL; i++) {
@@ -240,8 +311,8 @@ void leave_to(struct emit *e, const struct uop *u, int32_t target) {
         e->loops = true;
         e->back = e->regs;
     }
-    spill(e, &e->regs);
     need_flags(e);
+    spill(e, &e->regs);
     count(e, u);
     uint8_t *stop[2] = {NULL, NULL};
     if (target <= page_offset(e, u)) {
@@ -262,16 +333,20 @@ void leave_to(struct emit *e, const struct uop *u, int32_t target) {
 }
 enum { LINK_BACK = 14 }; /* from the address that call pushes back to the jump's field */
 
+/* NZCV is in FLAGS, or is not computed anew. */
 void leave_to_rax(struct emit *e, const struct uop *u) {
     spill(e, &e->regs);
-    need_flags(e);
+    if (!(e->regs.flags & FLAGS_IN_REG))
+        flags_from_memory(e);
     count(e, u);
     jump_to(e, e->jit->lookup);
 }
 
 static void emit_call(struct emit *e, const struct uop *u) {
+    if (!(e->regs.flags & FLAGS_IN_MEM))
+        need_flags(e);
     mov_imm(e, RSI, (uint64_t)((const uint8_t *)u - code_arena(e->vcpu)));
-    mov_imm(e, RCX, (uint64_t)e->page_offset);
+    mov_imm(e, RCX, (uint64_t)(int64_t)pc_base(e, u));
     call_stub(e, e->regs.flags & FLAGS_IN_MEM ? e->jit->call : e->jit->call_flags);
     e->regs.flags |= FLAGS_IN_MEM;
 }
@@ -289,9 +364,61 @@ void call_op(struct emit *e, const struct uop *u, bool ends) {
     }
 }
 
-static struct outlined *outline(struct emit *e, const struct uop *u, enum outlined_kind kind) {
+/*
+ * The slow path of an instruction in line: its op is called, by slow_call_op(), which this tells all. It lies in the
+ * code, behind the call.
+ */
+struct slow {
+    uint32_t uop;    /* where in the arena */
+    int32_t back;    /* from here to where it goes on */
+    int32_t pc_base; /* from PAGE */
+    uint8_t before[POOL], after[POOL]; /* guest registers to be written to x[] first, to be read from there after */
+    uint8_t ran;                       /* instructions of the block when it does not go on */
+};
+_Static_assert(offsetof(struct slow, back) == 4, "the stub `slow` jumps by it");
+
+static bool slow_call_op(struct vcpu *c, const struct slow *slow, uint64_t *saved, uint64_t page) {
+    const struct uop *u = (const struct uop *)(code_arena(c) + slow->uop);
+    uint64_t *x = c->x; /* and scratch[] */
+    for (unsigned i = 0; i < POOL; i++)
+        if (slow->before[i] != NO_GUEST)
+            x[slow->before[i]] = saved[i];
+    c->block_pc = page + (uint64_t)(int64_t)slow->pc_base;
+    if (!plain_of[u->row](c, u)) {
+        c->budget -= slow->ran;
+        return false;
+    }
+    for (unsigned i = 0; i < POOL; i++)
+        if (slow->after[i] != NO_GUEST)
+            saved[i] = x[slow->after[i]];
+    return true;
+}
+
+static void emit_slow(struct emit *e, const struct outlined *o) {
+    if (!(e->regs.flags & FLAGS_IN_MEM))
+        need_flags(e);
+    call_stub(e, e->regs.flags & FLAGS_IN_MEM ? e->jit->slow : e->jit->slow_flags);
+    struct slow slow = {
+        .uop = (uint32_t)((const uint8_t *)o->u - code_arena(e->vcpu)),
+        .back = (int32_t)(o->back - e->p),
+        .pc_base = pc_base(e, o->u),
+        .ran = (uint8_t)(o->u - e->block->uops + 1),
+    };
+    for (unsigned i = 0; i < POOL; i++) {
+        slow.before[i] = o->before.dirty >> pool[i] & 1 ? o->before.guest[pool[i]] : NO_GUEST;
+        slow.after[i] = o->after.guest[pool[i]];
+    }
+    memcpy(e->p, &slow, sizeof slow);
+    e->p += sizeof slow;
+}
+
+struct outlined *outline(struct emit *e, const struct uop *u, enum outlined_kind kind) {
     struct outlined *o = &e->outlined[e->outlined_count++];
-    *o = (struct outlined){.kind = kind, .u = u, .before = e->regs};
+    o->kind = kind;
+    o->u = u;
+    o->before = e->regs;
+    o->host_flags = e->host_flags;
+    memset(o->from, 0, sizeof o->from);
     return o;
 }
 
@@ -325,46 +452,64 @@ void check_fp(struct emit *e, const struct uop *u) {
     comes_back(e, o);
 }
 
-static void emit_outlined(struct emit *e, const struct outlined *o) {
+static void emit_outlined(struct emit *e, struct outlined *o, bool cold) {
+    if (cold == (o->kind == SIDE_EXIT))
+        return;
     for (unsigned i = 0; i < sizeof o->from / sizeof *o->from && o->from[i]; i++)
         here(e, o->from[i]);
     e->regs = o->before;
-    if (o->kind == SIDE_EXIT) {
+    e->index = (uint32_t)(o->u - e->block->uops);
+    e->host_flags = o->kind == SIDE_EXIT && o->host_flags;
+    if (o->kind == SIDE_EXIT)
         leave_to(e, o->u, o->target);
-        return;
-    }
-    spill(e, &e->regs);
-    emit_call(e, o->u);
-    for (unsigned i = 0; i < POOL; i++) {
-        unsigned h = pool[i], guest = o->after.guest[h];
-        if (guest == NO_GUEST)
-            continue;
-        if (CALLER_SAVED >> h & 1 || guest == o->u->rd || guest == o->u->rn || guest == o->u->ra || guest == o->u->rm)
-            load(e, 1, h, CPU, X_AT(guest));
-    }
-    point(jmp(e), o->back);
+    else if (o->kind == SLOW_CALL)
+        emit_slow(e, o);
+    else
+        emit_checked_access(e, o);
 }
 
 /* ---- Blocks ------------------------------------------------------------------------------------------------------ */
 
-static void find_live_flags(struct emit *e) {
+static void plan(struct emit *e) {
     bool live = true;
     for (uint32_t i = e->block->count; i-- > 0;) {
-        const struct emitter *by = e->by[i] = emitter_of[e->block->uops[i].row];
+        const struct uop *u = &e->block->uops[i];
+        const struct emitter *by = e->by[i] = emitter_of[u->row];
         uint32_t effects = by ? by->effects : USES | TRAPS;
         e->live_after[i] = live;
         if (effects & SETS)
             live = false;
         if (effects & (USES | TRAPS))
             live = true;
+        e->writes[i] = !by ? ~UINT64_C(0) : effects & NO_RD ? 0 : UINT64_C(1) << u->rd;
+        if (effects & AND_RA)
+            e->writes[i] |= UINT64_C(1) << u->ra;
+        if (effects & AND_RN)
+            e->writes[i] |= UINT64_C(1) << u->rn;
     }
+    plan_accesses(e);
 }
 
-static void emit_trace(struct emit *e, uint8_t *code) {
+/* Does this instruction change an operand of what would set the flags again? They are saved before, if need be. */
+static bool spoils_flags(struct emit *e, uint32_t i) {
+    const struct again_by *a = &e->regs.again;
+    if (!(e->regs.flags & FLAGS_AGAIN) || (e->by[i] && e->by[i]->effects & SETS))
+        return false;
+    bool both = a->kind == CMP_REG || a->kind == TEST_REG;
+    if (!((e->writes[i] >> a->n & 1) || (both && e->writes[i] >> a->m & 1)))
+        return false;
+    if (!(e->regs.flags & (FLAGS_IN_REG | FLAGS_IN_MEM)) && e->live_after[i])
+        need_flags(e);
+    return true;
+}
+
+static void emit_trace(struct emit *e, uint8_t *code, uint8_t *cold) {
     e->p = code;
+    e->cold = cold;
     e->regs = e->back;
     e->regs.flags = FLAGS_IN_REG;
-    e->host_flags = e->fp_checked = e->ended = false;
+    e->host_flags = e->fp_checked = e->ended = e->short_of_regs = false;
+    e->early = 0;
     e->outlined_count = e->skip = 0;
     for (unsigned i = 0; i < POOL; i++)
         if (e->regs.guest[pool[i]] != NO_GUEST)
@@ -373,10 +518,14 @@ static void emit_trace(struct emit *e, uint8_t *code) {
     for (uint32_t i = 0; i < e->block->count; i++) {
         const struct uop *u = &e->block->uops[i];
         e->now++;
+        e->index = i;
         e->flags_live = e->live_after[i];
         if (e->skip) {
             e->skip--;
-        } else if (e->by[i]) {
+            continue;
+        }
+        bool spoilt = spoils_flags(e, i);
+        if (e->by[i]) {
             if (e->by[i]->effects & SETS)
                 e->host_flags = e->by[i]->effects & USES ? e->host_flags : false;
             e->by[i]->emit(e, u, e->by[i]->arg);
@@ -385,12 +534,20 @@ static void emit_trace(struct emit *e, uint8_t *code) {
         } else {
             call_op(e, u, a64_rows[u->row].ends_block);
         }
+        if (spoilt)
+            e->regs.flags &= (uint8_t)~FLAGS_AGAIN;
     }
     const struct uop *last = &e->block->uops[e->block->count - 1];
     if (!e->ended)
         leave_to(e, last, page_offset(e, last) + 4);
     for (unsigned i = 0; i < e->outlined_count; i++)
-        emit_outlined(e, &e->outlined[i]);
+        emit_outlined(e, &e->outlined[i], false);
+    uint8_t *end = e->p;
+    e->p = e->cold;
+    for (unsigned i = 0; i < e->outlined_count; i++) /* it may grow */
+        emit_outlined(e, &e->outlined[i], true);
+    e->cold = e->p;
+    e->p = end;
 }
 
 const void *jit_compile(struct vcpu *c, const struct block *block) {
@@ -402,7 +559,7 @@ const void *jit_compile(struct vcpu *c, const struct block *block) {
     if (!trace)
         return NULL;
     jit->used = (jit->used + 15) & ~(size_t)15;
-    uint8_t *code = jit->write + jit->used;
+    uint8_t *code = jit->write + jit->used, *cold = jit->write + jit->cold_used;
     struct emit storage, *e = &storage; /* large, and most of it is not used: filled in as it is */
     e->jit = jit;
     e->vcpu = c;
@@ -412,19 +569,26 @@ const void *jit_compile(struct vcpu *c, const struct block *block) {
     e->loops = false;
     e->page_offset = (int32_t)(trace->pa & (PAGE_SIZE - 1));
     no_regs(&e->back);
-    find_live_flags(e);
-    emit_trace(e, code);
-    if (e->loops) /* once more, now that it is known what goes round */
-        emit_trace(e, code);
+    plan(e);
+    emit_trace(e, code, cold);
+    if (e->loops) { /* once more, now that it is known what goes round, and is read early enough to be worth it */
+        for (unsigned i = 0; i < POOL; i++)
+            if (e->back.guest[pool[i]] != NO_GUEST && !(e->early >> e->back.guest[pool[i]] & 1))
+                drop(&e->back, pool[i]);
+        emit_trace(e, code, cold);
+    }
 
     jit->used = (size_t)(e->p - jit->write);
+    jit->cold_used = (size_t)(e->cold - jit->write);
     c->counters.compiled++;
-    c->counters.compiled_bytes += (uint64_t)(e->p - code);
+    c->counters.compiled_bytes += (uint64_t)(e->p - code) + (uint64_t)(e->cold - cold);
     c->counters.compile_ns += host_ns() - start;
     return jit->exec + (code - jit->write);
 }
 
-bool jit_full(const struct vcpu *c) { return c->jit->used + TRACE_BYTES > c->jit->limit; }
+bool jit_full(const struct vcpu *c) {
+    return c->jit->used + TRACE_BYTES > c->jit->cold || c->jit->cold_used + TRACE_BYTES > c->jit->limit;
+}
 
 int32_t jit_threshold(const struct vcpu *c) { return c->jit ? c->jit->threshold : INT32_MAX; }
 
@@ -465,8 +629,10 @@ void jit_drop(struct vcpu *c, struct block *block, uint64_t pa) {
 }
 
 void jit_flush(struct vcpu *c) {
-    if (c->jit)
+    if (c->jit) {
         c->jit->used = c->jit->stubs;
+        c->jit->cold_used = c->jit->cold;
+    }
     jit_unlink(c);
 }
 
@@ -586,10 +752,42 @@ static void emit_stubs(struct emit *e, struct vcpu *c) {
     op_rr(e, 0, 0x84, RAX, RAX);
     point(jcc(e, E), elsewhere);
     byte(e, 0xc3);
+
+    align(e); /* See struct slow, which the return address points at. */
+    jit->slow_flags = e->p;
+    flags_to_memory(e);
+    jit->slow = e->p;
+    alu_imm(e, 1, SUB, RSP, 8 * POOL);
+    for (unsigned i = 0; i < POOL; i++)
+        store(e, 1, pool[i], RSP, 8 * (int32_t)i);
+    lea(e, 1, RDI, CPU, -128);
+    load(e, 1, RSI, RSP, 8 * POOL);
+    mov(e, 1, RDX, RSP);
+    mov(e, 1, RCX, PAGE);
+    bool (*call)(struct vcpu *, const struct slow *, uint64_t *, uint64_t) = slow_call_op;
+    uint64_t address;
+    memcpy(&address, &call, sizeof address);
+    mov_imm(e, RAX, address);
+    op_rr(e, 0, 0xff, 2, RAX);
+    op_rr(e, 0, 0x84, RAX, RAX);
+    uint8_t *left = jcc(e, E);
+    for (unsigned i = 0; i < POOL; i++)
+        load(e, 1, pool[i], RSP, 8 * (int32_t)i);
+    load(e, 1, RAX, RSP, 8 * POOL);
+    op_rm(e, 1, 0x63, RCX, RAX, offsetof(struct slow, back));
+    alu(e, 1, ADD, RAX, RCX);
+    alu_imm(e, 1, ADD, RSP, 8 * POOL + 8);
+    op_rr(e, 0, 0xff, 4, RAX);
+    here(e, left);
+    alu_imm(e, 1, ADD, RSP, 8 * POOL + 8);
+    flags_from_memory(e);
+    load(e, 1, RAX, CPU, AT(pc));
+    jump_to(e, jit->lookup);
     align(e);
 }
 
 _Static_assert(sizeof(struct jump_entry) == 3 * 8, "the stub `lookup` scales by it");
+_Static_assert(offsetof(struct vcpu, scratch) == 8 * R_COUNT, "they follow x[]");
 _Static_assert(offsetof(struct vcpu, jump) < INT32_MAX, "displacements");
 
 static void fill_tables(void) {
@@ -646,6 +844,7 @@ void jit_create(struct vcpu *c) {
     jit->used = jit->stubs = (size_t)(e->p - jit->write);
     jit->threshold = c->vm->jit_threshold;
     jit->limit = c->vm->jit_limit ? c->vm->jit_limit : CODE_SIZE;
+    jit->cold = jit->cold_used = jit->stubs + (jit->limit - jit->stubs) / 2;
 }
 
 void jit_destroy(struct vcpu *c) {
@@ -656,7 +855,7 @@ void jit_destroy(struct vcpu *c) {
 
 hv_return_t softhv_vm_set_jit(softhv_vm_t *opaque, uint32_t threshold, size_t limit) {
     struct vm *vm = (struct vm *)opaque;
-    if (!vm || limit > CODE_SIZE || (limit && limit < STUBS_BYTES + 2 * TRACE_BYTES))
+    if (!vm || limit > CODE_SIZE || (limit && limit < STUBS_BYTES + 4 * TRACE_BYTES))
         return HV_BAD_ARGUMENT;
     pthread_mutex_lock(&vm->lock);
     hv_return_t result = vm->vcpu_count ? HV_BUSY : HV_SUCCESS;

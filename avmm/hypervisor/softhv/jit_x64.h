@@ -43,6 +43,9 @@ enum {
     TRAPS = 4, /* may leave the block in its middle: NZCV must be right there */
     KEEPS = 8, /* host flags */
     ENDS = 16, /* the end of a block is emitted, or a side exit from it, when the instruction asks for one */
+    NO_RD = 32,      /* which x registers it writes: rd, unless it has this; */
+    AND_RA = 64,     /* ra as well; */
+    AND_RN = 128,    /* rn as well */
 };
 
 struct emit;
@@ -56,24 +59,59 @@ extern const struct emitter jit_x64_int[], jit_x64_mem[]; /* end with an empty o
 
 /* ---- One compilation --------------------------------------------------------------------------------------------- */
 
-enum { FLAGS_IN_REG = 1, FLAGS_IN_MEM = 2 };
-
-struct regs {
-    uint8_t guest[16];     /* by host register, NO_GUEST when free */
-    uint8_t host[R_COUNT]; /* by guest register, NO_REG when it is only in x[] */
-    uint16_t dirty;        /* host registers whose guest register in x[] is out of date */
-    uint8_t flags;         /* where NZCV is: FLAGS_IN_* */
+/*
+ * NZCV may be in several places. The cheapest is none: what set them last is done again when someone wants them, as
+ * long as its operands are there.
+ */
+enum { FLAGS_IN_REG = 1, FLAGS_IN_MEM = 2, FLAGS_AGAIN = 4 };
+enum again { AGAIN_NEVER, CMP_REG, CMP_IMM, ADD_IMM /* CMN */, UNDO_SUB_IMM, UNDO_ADD_IMM, TEST_REG, TEST_IMM };
+struct again_by {
+    uint8_t kind, wide, n, m; /* guest registers; UNDO_*: n holds the result */
+    int32_t imm;
 };
 
-enum outlined_kind { SLOW_CALL, SIDE_EXIT };
+/* Guest registers and, from R_COUNT on, scratch[]. */
+enum { R_SCRATCH = R_COUNT, R_ALL = R_COUNT + SCRATCH_COUNT };
+
+struct regs {
+    uint8_t guest[16];   /* by host register, NO_GUEST when free */
+    uint8_t host[R_ALL]; /* by guest register, NO_REG when it is only in x[] */
+    uint16_t dirty;      /* host registers whose guest register in x[] is out of date */
+    uint8_t flags;       /* where NZCV is: FLAGS_* */
+    struct again_by again;
+};
+
+/* A load or store, with its registers: the host's, NO_REG when there is none. */
+struct transfer {
+    uint32_t arg;
+    uint8_t n, m, t, t2;
+    uint8_t scratch; /* where the addend is to be, or NO_REG */
+    bool finds;      /* it fills scratch */
+};
+
+enum outlined_kind { SLOW_CALL, SIDE_EXIT, CHECKED_ACCESS };
 struct outlined {
     enum outlined_kind kind;
     uint8_t *from[3]; /* rel32 fields that lead here */
     const struct uop *u;
-    struct regs before, after; /* SLOW_CALL: state where it is left and where it comes back to */
+    struct regs before, after; /* but for SIDE_EXIT: state where it is left and where it comes back to */
+    bool host_flags;           /* SIDE_EXIT: the host's flags are the guest's */
     const uint8_t *back;
     int32_t target; /* SIDE_EXIT: offset from PAGE */
+    struct transfer transfer; /* CHECKED_ACCESS */
 };
+
+/*
+ * Loads and stores near one another: the TLB is looked up by the first, for all of them, and the addend it finds kept
+ * in a scratch register; 0 there means that each must look for itself.
+ */
+struct group {
+    uint8_t first, last;  /* instructions */
+    uint8_t scratch;      /* its number as a register; 0: none, it is no group */
+    bool write;
+    int32_t low, span;    /* bytes, from the first one's base */
+};
+enum { NO_GROUP = 0xff };
 
 enum { TRACE_MAX = BLOCK_MAX };
 
@@ -83,20 +121,28 @@ struct emit {
     struct jit *jit;
     struct vcpu *vcpu;
     const struct block *block;
+    uint32_t index;      /* of the instruction at hand */
     int32_t page_offset; /* of the block's first instruction */
     struct regs regs;
     uint32_t stamp[16], now; /* last use of host registers: the oldest is evicted, never one of this instruction */
     bool host_flags;         /* the host's flags are the guest's */
     bool live_after[TRACE_MAX];
+    uint64_t writes[TRACE_MAX]; /* x registers, a bit for each */
+    uint8_t group_of[TRACE_MAX];
+    bool sp_aligned[TRACE_MAX]; /* the group's first access has seen to it */
+    struct group groups[TRACE_MAX];
     bool flags_live;         /* does anyone want NZCV of the current instruction? */
     bool fp_checked;
     bool ended;
     bool loops;             /* a way out leads to the block's own start, with these registers: */
     struct regs back;
+    uint64_t early;         /* guest registers that were read before host registers ran out */
+    bool short_of_regs;
     const uint8_t *header;  /* where they are expected, once known */
     uint32_t skip; /* following instructions this one did as well */
     const struct emitter *by[TRACE_MAX];
-    struct outlined outlined[TRACE_MAX + 1];
+    uint8_t *cold; /* where to write what is hardly ever run */
+    struct outlined outlined[2 * TRACE_MAX + 2];
     unsigned outlined_count;
 };
 
@@ -136,15 +182,22 @@ static inline void op_rm(struct emit *e, unsigned w, uint32_t op, unsigned reg, 
     else if (mod == 2)
         word32(e, (uint32_t)disp);
 }
-/* reg, [base + index << scale] */
+/* reg, [base + index << scale + disp] */
+static inline void op_rxd(struct emit *e, unsigned w, uint32_t op, unsigned reg, unsigned base, unsigned index,
+                          unsigned scale, int32_t disp) {
+    opcode(e, w, op, reg, index, base);
+    bool small = disp == (int8_t)disp;
+    unsigned mod = disp == 0 && (base & 7) != RBP ? 0 : small ? 1 : 2;
+    byte(e, mod << 6 | (reg & 7) << 3 | 4);
+    byte(e, scale << 6 | (index & 7) << 3 | (base & 7));
+    if (mod == 1)
+        byte(e, (uint8_t)disp);
+    else if (mod == 2)
+        word32(e, (uint32_t)disp);
+}
 static inline void op_rx(struct emit *e, unsigned w, uint32_t op, unsigned reg, unsigned base, unsigned index,
                          unsigned scale) {
-    opcode(e, w, op, reg, index, base);
-    bool displaced = (base & 7) == RBP;
-    byte(e, (displaced ? 0x40 : 0) | (reg & 7) << 3 | 4);
-    byte(e, scale << 6 | (index & 7) << 3 | (base & 7));
-    if (displaced)
-        byte(e, 0);
+    op_rxd(e, w, op, reg, base, index, scale, 0);
 }
 
 static inline void mov(struct emit *e, unsigned w, unsigned to, unsigned from) {
@@ -209,6 +262,10 @@ static inline void cmp_byte(struct emit *e, int32_t at, unsigned value) {
     op_rm(e, 0, 0x80, CMP, CPU, at);
     byte(e, value);
 }
+static inline void test_imm_w(struct emit *e, unsigned w, unsigned reg, int32_t value) {
+    op_rr(e, w, 0xf7, 0, reg);
+    word32(e, (uint32_t)value);
+}
 static inline void cmc(struct emit *e) { byte(e, 0xf5); }
 static inline void stc(struct emit *e) { byte(e, 0xf9); }
 
@@ -239,13 +296,16 @@ unsigned use_def(struct emit *e, unsigned guest);
 /* A register for what an instruction will write unless it traps; then dirty(). */
 unsigned reserve(struct emit *e, unsigned guest);
 void dirty(struct emit *e, unsigned guest);
+void forget(struct emit *e, unsigned guest); /* its value is nobody's any more */
 
-void need_flags(struct emit *e);   /* NZCV in FLAGS */
-void keep_flags(struct emit *e);   /* the host's flags are NZCV now (C inverted): remember them if anyone cares */
+void need_flags(struct emit *e);   /* NZCV in FLAGS; RAX is lost */
+/* The host's flags are NZCV now (C inverted), and this is how to get them again: remember them if anyone cares. */
+void keep_flags(struct emit *e, struct again_by again);
 unsigned condition(struct emit *e, unsigned arm_condition); /* puts NZCV into the host's flags; the host's condition */
 
 /* Takes the jump (a field) when something out of the ordinary comes up: the op is called instead. Before any change. */
 struct outlined *slow_call(struct emit *e, const struct uop *u);
+struct outlined *outline(struct emit *e, const struct uop *u, enum outlined_kind kind);
 void also_from(struct outlined *o, uint8_t *field);
 void comes_back(struct emit *e, struct outlined *o); /* when the fast path is done */
 
@@ -256,6 +316,15 @@ void call_op(struct emit *e, const struct uop *u, bool ends);
 void check_fp(struct emit *e, const struct uop *u);
 
 static inline int32_t page_offset(const struct emit *e, const struct uop *u) { return e->page_offset + u->off; }
+/* What PC-relative immediates count from. */
+static inline int32_t pc_base(const struct emit *e, const struct uop *u) { return page_offset(e, u) - u->off; }
+
+/* ---- jit_x64_int.c, jit_x64_mem.c -------------------------------------------------------------------------------- */
+
+/* Does it do no more than rd = rn + a constant, on 64 bits? */
+bool adds_constant(const struct emitter *by, const struct uop *u, uint8_t *from, int32_t *constant);
+void plan_accesses(struct emit *e); /* fills groups[] */
+void emit_checked_access(struct emit *e, struct outlined *o); /* with a lookup of its own, to where it comes back */
 
 #endif
 #endif

@@ -28,13 +28,35 @@ static void fix_carry(struct emit *e, unsigned what) {
         stc(e); /* C is 0 */
 }
 
-static void finish_flags(struct emit *e, unsigned what) {
+static void finish_flags(struct emit *e, unsigned what, struct again_by again) {
     fix_carry(e, what);
-    keep_flags(e);
+    keep_flags(e, again);
+}
+
+/* What sets the flags of rd = rn what rm, or an immediate, once more: until one of the registers changes. */
+static struct again_by again_reg(const struct uop *u, unsigned w, unsigned what) {
+    bool kept = u->rd != u->rn && u->rd != u->rm;
+    if (what == AND && (kept || u->rd == R_SINK))
+        return (struct again_by){TEST_REG, w, u->rn, u->rm, 0};
+    if (what == AND)
+        return (struct again_by){TEST_REG, w, u->rd, u->rd, 0};
+    if (what == SUB && kept)
+        return (struct again_by){CMP_REG, w, u->rn, u->rm, 0};
+    return (struct again_by){.kind = AGAIN_NEVER};
+}
+
+static struct again_by again_imm(const struct uop *u, unsigned w, unsigned what) {
+    if (what == AND && u->rd == R_SINK)
+        return (struct again_by){TEST_IMM, w, u->rn, 0, (int32_t)u->imm};
+    if (what == AND)
+        return (struct again_by){TEST_REG, w, u->rd, u->rd, 0};
+    unsigned kind = u->rd != u->rn ? (what == SUB ? CMP_IMM : ADD_IMM) : (what == SUB ? UNDO_SUB_IMM : UNDO_ADD_IMM);
+    return (struct again_by){(uint8_t)kind, w, u->rd != u->rn ? u->rn : u->rd, 0, (int32_t)u->imm};
 }
 
 /* rd = rn what source, which is RAX or a guest register's. */
-static void binary(struct emit *e, const struct uop *u, unsigned w, unsigned what, unsigned source, bool flagged) {
+static void binary(struct emit *e, const struct uop *u, unsigned w, unsigned what, unsigned source, bool flagged,
+                   struct again_by again) {
     unsigned n = use(e, u->rn);
     if (flagged && u->rd == R_SINK) {
         if (what == SUB)
@@ -62,7 +84,7 @@ static void binary(struct emit *e, const struct uop *u, unsigned w, unsigned wha
         }
     }
     if (flagged)
-        finish_flags(e, what);
+        finish_flags(e, what, again);
 }
 
 /* The second operand, shifted or extended: a register not to be written, or RAX. */
@@ -105,7 +127,13 @@ static void emit_binary(struct emit *e, const struct uop *u, uint32_t arg) {
             op_rx(e, w, 0x8d, d, n, m, 0);
         return;
     }
-    binary(e, u, w, what, m, arg & FLAGGED);
+    bool plain = (arg >> KIND & 7) == K_REG && !(arg & INVERTED);
+    struct again_by result = {.kind = AGAIN_NEVER};
+    if (plain)
+        result = again_reg(u, w, what);
+    else if (what == AND && u->rd != R_SINK)
+        result = (struct again_by){TEST_REG, (uint8_t)w, u->rd, u->rd, 0};
+    binary(e, u, w, what, m, arg & FLAGGED, result);
 }
 
 /* NEG and MVN come as these, too: from XZR. */
@@ -132,7 +160,7 @@ static void emit_imm_flags(struct emit *e, const struct uop *u, uint32_t arg) {
             mov(e, 1, d, n);
         alu_imm(e, w, what, d, (int32_t)u->imm);
     }
-    finish_flags(e, what);
+    finish_flags(e, what, again_imm(u, w, what));
 }
 
 static void emit_logic_imm(struct emit *e, const struct uop *u, uint32_t arg) {
@@ -148,7 +176,10 @@ static void emit_logic_imm(struct emit *e, const struct uop *u, uint32_t arg) {
     }
     if (!small) {
         mov_imm(e, RAX, u->imm);
-        binary(e, u, w, what, RAX, arg & FLAGGED);
+        struct again_by result = {.kind = AGAIN_NEVER};
+        if (u->rd != R_SINK)
+            result = (struct again_by){TEST_REG, (uint8_t)w, u->rd, u->rd, 0};
+        binary(e, u, w, what, RAX, arg & FLAGGED, result);
         return;
     }
     unsigned n = use(e, u->rn);
@@ -162,7 +193,7 @@ static void emit_logic_imm(struct emit *e, const struct uop *u, uint32_t arg) {
         alu_imm(e, w, what, d, (int32_t)u->imm);
     }
     if (arg & FLAGGED)
-        finish_flags(e, AND);
+        finish_flags(e, AND, again_imm(u, w, AND));
 }
 
 static void emit_carry(struct emit *e, const struct uop *u, uint32_t arg) {
@@ -176,9 +207,17 @@ static void emit_carry(struct emit *e, const struct uop *u, uint32_t arg) {
         cmc(e);
     alu(e, w, what, RDX, m);
     if (arg & FLAGGED)
-        finish_flags(e, what);
+        finish_flags(e, what, (struct again_by){.kind = AGAIN_NEVER});
     unsigned d = def(e, u->rd);
     mov(e, 1, d, RDX);
+}
+
+bool adds_constant(const struct emitter *by, const struct uop *u, uint8_t *from, int32_t *constant) {
+    if (!(by->arg & WIDE) || (by->emit != emit_add_imm && by->emit != emit_mov))
+        return false;
+    *from = by->emit == emit_mov ? u->rm : u->rn;
+    *constant = by->emit == emit_mov ? 0 : (int32_t)u->imm;
+    return true;
 }
 
 /* ---- Constants, addresses, bit fields ---------------------------------------------------------------------------- */
@@ -210,7 +249,7 @@ static void emit_movk(struct emit *e, const struct uop *u, uint32_t arg) {
 }
 
 static void emit_adr(struct emit *e, const struct uop *u, uint32_t arg) {
-    lea(e, 1, def(e, u->rd), PAGE, e->page_offset + (int32_t)u->imm);
+    lea(e, 1, def(e, u->rd), PAGE, pc_base(e, u) + (int32_t)u->imm);
 }
 
 static void emit_adrp(struct emit *e, const struct uop *u, uint32_t arg) {
@@ -473,20 +512,21 @@ static void emit_compare_if(struct emit *e, const struct uop *u, uint32_t arg) {
 
 static void emit_b(struct emit *e, const struct uop *u, uint32_t arg) {
     if (arg) { /* BL */
+        need_flags(e);
         lea(e, 1, def(e, 30), PAGE, page_offset(e, u) + 4);
     }
-    leave_to(e, u, e->page_offset + (int32_t)u->imm);
+    leave_to(e, u, pc_base(e, u) + (int32_t)u->imm);
     e->ended = true;
 }
 
 static void branch_if(struct emit *e, const struct uop *u, unsigned holds) {
-    side_exit(e, u, jcc(e, holds), e->page_offset + (int32_t)u->imm);
+    side_exit(e, u, jcc(e, holds), pc_base(e, u) + (int32_t)u->imm);
 }
 
 static void emit_b_cond(struct emit *e, const struct uop *u, uint32_t arg) {
     unsigned arm = bits(u->insn, 0, 4);
     if (arm >= 14) {
-        leave_to(e, u, e->page_offset + (int32_t)u->imm);
+        leave_to(e, u, pc_base(e, u) + (int32_t)u->imm);
         e->ended = true;
         return;
     }
@@ -494,15 +534,15 @@ static void emit_b_cond(struct emit *e, const struct uop *u, uint32_t arg) {
 }
 
 static void emit_cbz(struct emit *e, const struct uop *u, uint32_t arg) {
-    need_flags(e);
     unsigned n = use(e, u->rn);
     test(e, arg & WIDE, n, n);
+    e->host_flags = false;
     branch_if(e, u, arg & INVERTED ? NE : E);
 }
 
 static void emit_tbz(struct emit *e, const struct uop *u, uint32_t arg) {
-    need_flags(e);
     unsigned n = use(e, u->rn);
+    e->host_flags = false;
     if (u->ra < 32) {
         test_imm(e, n, UINT32_C(1) << u->ra);
         branch_if(e, u, arg & INVERTED ? NE : E);
@@ -514,6 +554,7 @@ static void emit_tbz(struct emit *e, const struct uop *u, uint32_t arg) {
 }
 
 static void emit_br(struct emit *e, const struct uop *u, uint32_t arg) {
+    need_flags(e);
     mov(e, 1, RAX, use(e, u->rn));
     if (arg) /* BLR */
         lea(e, 1, def(e, 30), PAGE, page_offset(e, u) + 4);
@@ -624,23 +665,23 @@ const struct emitter jit_x64_int[] = {
     WIDTHS(csinc, , emit_select, ARG(0, INCREMENT, 0, 0), USES | KEEPS),
     WIDTHS(csinv, , emit_select, ARG(0, INVERT, 0, 0), USES | KEEPS),
     WIDTHS(csneg, , emit_select, ARG(0, NEGATE, 0, 0), USES | KEEPS),
-    WIDTHS(ccmp, _reg, emit_compare_if, ARG(0, SUB, 0, 0), USES | SETS),
-    WIDTHS(ccmn, _reg, emit_compare_if, ARG(0, ADD, 0, 0), USES | SETS),
-    WIDTHS(ccmp, _imm, emit_compare_if, ARG(0, SUB, 1, 0), USES | SETS),
-    WIDTHS(ccmn, _imm, emit_compare_if, ARG(0, ADD, 1, 0), USES | SETS),
-    {p_b, emit_b, 0, TRAPS | ENDS | KEEPS},
-    {p_bl, emit_b, 1, TRAPS | ENDS | KEEPS},
-    {p_b_cond, emit_b_cond, 0, USES | TRAPS | ENDS | KEEPS},
-    {p_cbz32, emit_cbz, 0, TRAPS | ENDS},
-    {p_cbz64, emit_cbz, WIDE, TRAPS | ENDS},
-    {p_cbnz32, emit_cbz, INVERTED, TRAPS | ENDS},
-    {p_cbnz64, emit_cbz, WIDE | INVERTED, TRAPS | ENDS},
-    {p_tbz, emit_tbz, 0, TRAPS | ENDS},
-    {p_tbnz, emit_tbz, INVERTED, TRAPS | ENDS},
-    {p_br, emit_br, 0, TRAPS | ENDS | KEEPS},
-    {p_blr, emit_br, 1, TRAPS | ENDS | KEEPS},
-    {p_nop, emit_nothing, 0, KEEPS},
-    {p_dmb, emit_barrier, 0, 0},
+    WIDTHS(ccmp, _reg, emit_compare_if, ARG(0, SUB, 0, 0), USES | SETS | NO_RD),
+    WIDTHS(ccmn, _reg, emit_compare_if, ARG(0, ADD, 0, 0), USES | SETS | NO_RD),
+    WIDTHS(ccmp, _imm, emit_compare_if, ARG(0, SUB, 1, 0), USES | SETS | NO_RD),
+    WIDTHS(ccmn, _imm, emit_compare_if, ARG(0, ADD, 1, 0), USES | SETS | NO_RD),
+    {p_b, emit_b, 0, TRAPS | ENDS | KEEPS | NO_RD},
+    {p_bl, emit_b, 1, TRAPS | ENDS | KEEPS | NO_RD},
+    {p_b_cond, emit_b_cond, 0, USES | TRAPS | ENDS | KEEPS | NO_RD},
+    {p_cbz32, emit_cbz, 0, TRAPS | ENDS | NO_RD},
+    {p_cbz64, emit_cbz, WIDE, TRAPS | ENDS | NO_RD},
+    {p_cbnz32, emit_cbz, INVERTED, TRAPS | ENDS | NO_RD},
+    {p_cbnz64, emit_cbz, WIDE | INVERTED, TRAPS | ENDS | NO_RD},
+    {p_tbz, emit_tbz, 0, TRAPS | ENDS | NO_RD},
+    {p_tbnz, emit_tbz, INVERTED, TRAPS | ENDS | NO_RD},
+    {p_br, emit_br, 0, TRAPS | ENDS | KEEPS | NO_RD},
+    {p_blr, emit_br, 1, TRAPS | ENDS | KEEPS | NO_RD},
+    {p_nop, emit_nothing, 0, KEEPS | NO_RD},
+    {p_dmb, emit_barrier, 0, NO_RD},
     {p_mrs_tpidr_el0, emit_mrs_plain, AT(sys.tpidr_el0), KEEPS},
     {p_mrs_sp_el0, emit_mrs_sp_el0, 0, TRAPS},
     {p_mrs_tpidr_el1, emit_mrs_tpidr_el1, 0, TRAPS},

@@ -14,7 +14,8 @@
 
 /* What arg is made of: log2 of the size in bits 2:0. */
 enum {
-    STORES = 8, SIGNED = 16, WIDE = 32 /* extended to 64 bits */, ALIGNED = 64, FENCED = 128, /* the rest: */ MODE = 8
+    STORES = 8, SIGNED = 16, WIDE = 32 /* extended to 64 bits */, ALIGNED = 64, FENCED = 128, MODE = 8 /* bits 10:8 */,
+    PAIR = 1 << 11, VECTOR = 1 << 12
 };
 enum {
     M_IMM = 0, M_PRE, M_POST, M_LSL, M_UXTW, M_SXTW, M_BASE, M_UNPRIVILEGED
@@ -45,7 +46,7 @@ struct operands {
     unsigned n, m;
 };
 static struct operands operands(struct emit *e, const struct uop *u, uint32_t arg) {
-    unsigned mode = arg >> MODE;
+    unsigned mode = arg >> MODE & 7;
     return (struct operands){use(e, u->rn), mode == M_LSL || mode == M_UXTW || mode == M_SXTW ? use(e, u->rm) : NO_REG};
 }
 
@@ -54,7 +55,7 @@ static void address(struct emit *e, const struct uop *u, uint32_t arg, struct op
         test_imm(e, at.n, 15);
         also_from(o, jcc(e, NE));
     }
-    switch (arg >> MODE) {
+    switch (arg >> MODE & 7) {
     case M_IMM:
     case M_PRE:
     case M_UNPRIVILEGED:
@@ -74,7 +75,7 @@ static void address(struct emit *e, const struct uop *u, uint32_t arg, struct op
         break;
     case M_UXTW:
     case M_SXTW:
-        if (arg >> MODE == M_UXTW)
+        if ((arg >> MODE & 7) == M_UXTW)
             mov(e, 0, RAX, at.m);
         else
             op_rr(e, 1, 0x63, RAX, at.m);
@@ -90,169 +91,322 @@ static void address(struct emit *e, const struct uop *u, uint32_t arg, struct op
     }
 }
 
+static bool writes_back(uint32_t arg) { return (arg >> MODE & 7) == M_PRE || (arg >> MODE & 7) == M_POST; }
+
 /* What an access with writeback loads is not its base (CONSTRAINED UNPREDICTABLE): else it is the op's. */
 static bool loads_base(const struct uop *u, uint32_t arg, bool pair) {
-    bool writes_back = arg >> MODE == M_PRE || arg >> MODE == M_POST;
-    return writes_back && !(arg & STORES) && (u->rd == u->rn || (pair && u->ra == u->rn));
+    return writes_back(arg) && !(arg & STORES) && (u->rd == u->rn || (pair && u->ra == u->rn));
 }
 
 static void write_back(struct emit *e, const struct uop *u, uint32_t arg, struct operands at) {
-    if (arg >> MODE != M_PRE && arg >> MODE != M_POST)
+    if (!writes_back(arg))
         return;
     lea(e, 1, at.n, at.n, (int32_t)u->imm);
     dirty(e, u->rn);
 }
 
-/* A general register from [RAX + disp]. */
-static void load_x(struct emit *e, uint32_t arg, unsigned to, int32_t disp) {
-    bool wide = arg & WIDE;
-    switch (arg & 7) {
-    case 0: op_rm(e, wide && arg & SIGNED, arg & SIGNED ? 0x0fbe : 0x0fb6, to, RAX, disp); break;
-    case 1: op_rm(e, wide && arg & SIGNED, arg & SIGNED ? 0x0fbf : 0x0fb7, to, RAX, disp); break;
-    case 2: op_rm(e, wide && arg & SIGNED, arg & SIGNED && wide ? 0x63 : 0x8b, to, RAX, disp); break;
-    default: load(e, 1, to, RAX, disp);
-    }
-}
-
-static void store_x(struct emit *e, uint32_t arg, unsigned from, int32_t disp) {
-    switch (arg & 7) {
-    case 0: op_rm(e, 0, 0x88 | BYTE_REG, from, RAX, disp); break;
-    case 1: op_rm(e, 0, 0x660089, from, RAX, disp); break;
-    default: store(e, (arg & 7) == 3, from, RAX, disp);
-    }
-}
-
-static void emit_access(struct emit *e, const struct uop *u, uint32_t arg) {
-    if (loads_base(u, arg, false)) {
-        call_op(e, u, false);
-        return;
-    }
-    struct operands at = operands(e, u, arg);
-    unsigned t = arg & STORES ? use(e, u->rd) : reserve(e, u->rd);
-    struct outlined *o = slow_call(e, u);
-    address(e, u, arg, at, o);
-    translate(e, o, 1u << (arg & 7), arg & STORES, arg >> MODE == M_UNPRIVILEGED);
-    if (arg & STORES) {
-        store_x(e, arg, t, 0);
-        if (arg & FENCED) { /* a later LDAR does not overtake an STLR */
-            byte(e, 0xf0);
-            alu_mem_imm(e, OR, RSP, 0, 0);
-        }
-    } else {
-        load_x(e, arg, t, 0);
-        dirty(e, u->rd);
-    }
-    write_back(e, u, arg, at);
-    comes_back(e, o);
-}
-
-static void emit_literal(struct emit *e, const struct uop *u, uint32_t arg) {
-    unsigned t = reserve(e, u->rd);
-    struct outlined *o = slow_call(e, u);
-    lea(e, 1, RAX, PAGE, e->page_offset + (int32_t)u->imm);
-    translate(e, o, 1u << (arg & 7), false, false);
-    load_x(e, arg, t, 0);
-    dirty(e, u->rd);
-    comes_back(e, o);
-}
-
-/* The second register is loaded first: of one that is loaded twice the first value stays. */
-static void emit_pair(struct emit *e, const struct uop *u, uint32_t arg) {
-    if (loads_base(u, arg, true)) {
-        call_op(e, u, false);
-        return;
-    }
-    struct operands at = operands(e, u, arg);
-    unsigned t = arg & STORES ? use(e, u->rd) : reserve(e, u->rd);
-    unsigned t2 = arg & STORES ? use(e, u->ra) : reserve(e, u->ra);
-    struct outlined *o = slow_call(e, u);
-    unsigned size = 1u << (arg & 7);
-    address(e, u, arg, at, o);
-    translate(e, o, 2 * size, arg & STORES, false);
-    if (arg & STORES) {
-        store_x(e, arg, t, 0);
-        store_x(e, arg, t2, (int32_t)size);
-    } else {
-        load_x(e, arg, t2, (int32_t)size);
-        load_x(e, arg, t, 0);
-        dirty(e, u->rd);
-        dirty(e, u->ra);
-    }
-    write_back(e, u, arg, at);
-    comes_back(e, o);
-}
-
-/* ---- Vectors: in memory, through XMM0 and XMM1 ------------------------------------------------------------------- */
+/* ---- Accesses: of general registers and pairs, of vectors through XMM0 and XMM1 ---------------------------------- */
 
 enum { MOVD = 0x660f6e, MOVQ = 0xf30f7e, MOVUPS = 0x0f10, MOVUPS_STORE = 0x0f11 };
 
-/* XMMn, zero extended, from [RAX + disp]. */
-static void load_v(struct emit *e, uint32_t arg, unsigned to, int32_t disp) {
+struct place { /* in host memory */
+    unsigned base, index; /* NO_REG: none */
+    int32_t disp;
+};
+static void op_at(struct emit *e, unsigned w, uint32_t op, unsigned reg, struct place at, unsigned more) {
+    if (at.index == NO_REG)
+        op_rm(e, w, op, reg, at.base, at.disp + (int32_t)more);
+    else
+        op_rxd(e, w, op, reg, at.base, at.index, 0, at.disp + (int32_t)more);
+}
+
+static void load_x(struct emit *e, uint32_t arg, unsigned to, struct place at, unsigned more) {
+    bool wide = arg & WIDE;
+    switch (arg & 7) {
+    case 0: op_at(e, wide && arg & SIGNED, arg & SIGNED ? 0x0fbe : 0x0fb6, to, at, more); break;
+    case 1: op_at(e, wide && arg & SIGNED, arg & SIGNED ? 0x0fbf : 0x0fb7, to, at, more); break;
+    case 2: op_at(e, wide && arg & SIGNED, arg & SIGNED && wide ? 0x63 : 0x8b, to, at, more); break;
+    default: op_at(e, 1, 0x8b, to, at, more);
+    }
+}
+
+static void store_x(struct emit *e, uint32_t arg, unsigned from, struct place at, unsigned more) {
+    switch (arg & 7) {
+    case 0: op_at(e, 0, 0x88 | BYTE_REG, from, at, more); break;
+    case 1: op_at(e, 0, 0x660089, from, at, more); break;
+    default: op_at(e, (arg & 7) == 3, 0x89, from, at, more);
+    }
+}
+
+/* XMMn, zero extended. */
+static void load_v(struct emit *e, uint32_t arg, unsigned to, struct place at, unsigned more) {
     switch (arg & 7) {
     case 0:
     case 1:
-        op_rm(e, 0, arg & 7 ? 0x0fb7 : 0x0fb6, RCX, RAX, disp);
+        op_at(e, 0, arg & 7 ? 0x0fb7 : 0x0fb6, RCX, at, more);
         op_rr(e, 0, MOVD, to, RCX);
         break;
-    case 2: op_rm(e, 0, MOVD, to, RAX, disp); break;
-    case 3: op_rm(e, 0, MOVQ, to, RAX, disp); break;
-    default: op_rm(e, 0, MOVUPS, to, RAX, disp);
+    case 2: op_at(e, 0, MOVD, to, at, more); break;
+    case 3: op_at(e, 0, MOVQ, to, at, more); break;
+    default: op_at(e, 0, MOVUPS, to, at, more);
     }
 }
 
-static void store_v(struct emit *e, uint32_t arg, unsigned v, int32_t disp) {
+static void store_v(struct emit *e, uint32_t arg, unsigned v, struct place at, unsigned more) {
     if ((arg & 7) == 4) {
         op_rm(e, 0, MOVUPS, 0, CPU, V_AT(v));
-        op_rm(e, 0, MOVUPS_STORE, 0, RAX, disp);
+        op_at(e, 0, MOVUPS_STORE, 0, at, more);
     } else {
         load(e, 1, RCX, CPU, V_AT(v));
-        store_x(e, arg, RCX, disp);
+        store_x(e, arg, RCX, at, more);
     }
 }
 
-static void emit_access_v(struct emit *e, const struct uop *u, uint32_t arg) {
-    check_fp(e, u);
-    struct operands at = operands(e, u, arg);
-    struct outlined *o = slow_call(e, u);
-    address(e, u, arg, at, o);
-    translate(e, o, 1u << (arg & 7), arg & STORES, false);
-    if (arg & STORES) {
-        store_v(e, arg, u->rd, 0);
-    } else {
-        load_v(e, arg, 0, 0);
+/* Of a pair the second register is loaded first: of one that is loaded twice the first value stays. */
+static void move(struct emit *e, const struct uop *u, const struct transfer *a, struct place at) {
+    unsigned size = 1u << (a->arg & 7);
+    switch (a->arg & (STORES | PAIR | VECTOR)) {
+    case 0: load_x(e, a->arg, a->t, at, 0); break;
+    case STORES:
+        store_x(e, a->arg, a->t, at, 0);
+        if (a->arg & FENCED) { /* a later LDAR does not overtake an STLR */
+            byte(e, 0xf0);
+            alu_mem_imm(e, OR, RSP, 0, 0);
+        }
+        break;
+    case PAIR:
+        if (a->t2 == at.base || a->t2 == at.index) { /* the second address would be lost */
+            load_x(e, a->arg, RCX, at, size);
+            load_x(e, a->arg, a->t, at, 0);
+            if (a->t2 != a->t)
+                mov(e, 1, a->t2, RCX);
+        } else {
+            load_x(e, a->arg, a->t2, at, size);
+            load_x(e, a->arg, a->t, at, 0);
+        }
+        break;
+    case PAIR | STORES:
+        store_x(e, a->arg, a->t, at, 0);
+        store_x(e, a->arg, a->t2, at, size);
+        break;
+    case VECTOR:
+        load_v(e, a->arg, 0, at, 0);
         op_rm(e, 0, MOVUPS_STORE, 0, CPU, V_AT(u->rd));
-    }
-    write_back(e, u, arg, at);
-    comes_back(e, o);
-}
-
-static void emit_literal_v(struct emit *e, const struct uop *u, uint32_t arg) {
-    check_fp(e, u);
-    struct outlined *o = slow_call(e, u);
-    lea(e, 1, RAX, PAGE, e->page_offset + (int32_t)u->imm);
-    translate(e, o, 1u << (arg & 7), false, false);
-    load_v(e, arg, 0, 0);
-    op_rm(e, 0, MOVUPS_STORE, 0, CPU, V_AT(u->rd));
-    comes_back(e, o);
-}
-
-static void emit_pair_v(struct emit *e, const struct uop *u, uint32_t arg) {
-    check_fp(e, u);
-    struct operands at = operands(e, u, arg);
-    struct outlined *o = slow_call(e, u);
-    unsigned size = 1u << (arg & 7);
-    address(e, u, arg, at, o);
-    translate(e, o, 2 * size, arg & STORES, false);
-    if (arg & STORES) {
-        store_v(e, arg, u->rd, 0);
-        store_v(e, arg, u->ra, (int32_t)size);
-    } else {
-        load_v(e, arg, 0, 0);
-        load_v(e, arg, 1, (int32_t)size);
+        break;
+    case VECTOR | STORES: store_v(e, a->arg, u->rd, at, 0); break;
+    case VECTOR | PAIR:
+        load_v(e, a->arg, 0, at, 0);
+        load_v(e, a->arg, 1, at, size);
         op_rm(e, 0, MOVUPS_STORE, 0, CPU, V_AT(u->rd));
         op_rm(e, 0, MOVUPS_STORE, 1, CPU, V_AT(u->ra));
+        break;
+    default:
+        store_v(e, a->arg, u->rd, at, 0);
+        store_v(e, a->arg, u->ra, at, size);
+    }
+}
+
+static unsigned total_size(uint32_t arg) { return (arg & PAIR ? 2u : 1u) << (arg & 7); }
+
+/* With a lookup of its own. */
+static void checked_access(struct emit *e, const struct uop *u, const struct transfer *a, struct outlined *o) {
+    address(e, u, a->arg, (struct operands){a->n, a->m}, o);
+    translate(e, o, total_size(a->arg), a->arg & STORES, (a->arg >> MODE & 7) == M_UNPRIVILEGED);
+    move(e, u, a, (struct place){RAX, NO_REG, 0});
+}
+
+void emit_checked_access(struct emit *e, struct outlined *o) {
+    if (o->transfer.finds) /* what it found is not for the others */
+        mov_imm(e, o->transfer.scratch, 0);
+    const struct uop *u = o->u;
+    struct outlined *slow = slow_call(e, u);
+    slow->after = o->after;
+    slow->back = o->back;
+    checked_access(e, u, &o->transfer, slow);
+    if (writes_back(o->transfer.arg))
+        lea(e, 1, o->transfer.n, o->transfer.n, (int32_t)u->imm);
+    point(jmp(e), o->back);
+}
+
+/* ---- Groups ------------------------------------------------------------------------------------------------------ */
+
+enum { SPAN_MAX = 256 };
+
+static bool by_base(const struct emitter *by);
+
+/*
+ * What registers hold is followed as far as it is another register's value at the start (or at its latest change) plus
+ * a constant: `root` names that value. Accesses from one root are near one another.
+ */
+void plan_accesses(struct emit *e) {
+    uint8_t root[R_COUNT] = {0}, roots = 0, newest[TRACE_MAX + 1];
+    int32_t distance[R_COUNT], start[TRACE_MAX];
+    unsigned members[TRACE_MAX];
+    for (uint32_t i = 0; i < e->block->count; i++) {
+        const struct uop *u = &e->block->uops[i];
+        const struct emitter *by = e->by[i];
+        uint8_t from = NO_GUEST, new_root = 0;
+        int32_t constant = 0;
+        e->group_of[i] = NO_GROUP;
+        if (!by) {
+            memset(root, 0, sizeof root);
+            continue;
+        }
+        if (by_base(by)) {
+            if (!root[u->rn]) {
+                root[u->rn] = ++roots;
+                distance[u->rn] = 0;
+                newest[roots] = NO_GROUP;
+            }
+            unsigned mode = by->arg >> MODE & 7, g = newest[root[u->rn]];
+            int32_t low = distance[u->rn] + (mode == M_POST ? 0 : (int32_t)u->imm);
+            int32_t high = low + (int32_t)total_size(by->arg);
+            if (g != NO_GROUP) {
+                struct group *group = &e->groups[g];
+                int32_t lowest = low < group->low ? low : group->low;
+                int32_t highest = high > group->low + group->span ? high : group->low + group->span;
+                if ((group->write || !(by->arg & STORES)) && highest - lowest <= SPAN_MAX) {
+                    group->low = lowest;
+                    group->span = highest - lowest;
+                    group->last = (uint8_t)i;
+                    members[g]++;
+                } else {
+                    g = NO_GROUP;
+                }
+            }
+            if (g == NO_GROUP) {
+                g = i;
+                e->groups[g] = (struct group){.first = (uint8_t)i, .last = (uint8_t)i, .write = by->arg & STORES,
+                                              .low = low, .span = high - low};
+                start[g] = distance[u->rn];
+                members[g] = 1;
+                newest[root[u->rn]] = (uint8_t)g;
+            }
+            e->group_of[i] = (uint8_t)g;
+            e->sp_aligned[i] = g != i && e->block->uops[g].aux && !((distance[u->rn] - start[g]) & 15);
+            if (mode != M_IMM) {
+                from = u->rn;
+                new_root = root[from];
+                constant = distance[from] + (int32_t)u->imm;
+            }
+        } else if (adds_constant(by, u, &from, &constant) && root[from]) {
+            new_root = root[from];
+            constant += distance[from];
+            from = u->rd;
+        } else {
+            from = NO_GUEST;
+        }
+        for (unsigned r = 0; r < R_COUNT; r++)
+            if (e->writes[i] >> r & 1)
+                root[r] = 0;
+        if (from != NO_GUEST && from < R_ZR && constant > -(1 << 20) && constant < 1 << 20) {
+            root[from] = new_root;
+            distance[from] = constant;
+        }
+    }
+    bool taken[SCRATCH_COUNT] = {false};
+    for (uint32_t i = 0; i < e->block->count; i++) {
+        unsigned g = e->group_of[i];
+        if (g == NO_GROUP)
+            continue;
+        struct group *group = &e->groups[g];
+        if (i == group->first) {
+            group->low -= start[g];
+            for (unsigned s = 0; s < SCRATCH_COUNT && members[g] > 1 && !group->scratch; s++) {
+                if (!taken[s]) {
+                    taken[s] = true;
+                    group->scratch = (uint8_t)(R_SCRATCH + s);
+                }
+            }
+        }
+        if (i == group->last && group->scratch)
+            taken[group->scratch - R_SCRATCH] = false;
+    }
+}
+
+/* By the group's addend: found here, or by another before. */
+static void grouped_access(struct emit *e, const struct uop *u, struct transfer *a, const struct group *group) {
+    a->finds = e->index == group->first;
+    a->scratch = (uint8_t)(a->finds ? def(e, group->scratch) : use(e, group->scratch));
+    struct outlined *o = outline(e, u, CHECKED_ACCESS);
+    o->transfer = *a;
+    if (u->aux && !e->sp_aligned[e->index]) {
+        test_imm(e, a->n, 15);
+        also_from(o, jcc(e, NE));
+    }
+    if (a->finds) {
+        lea(e, 1, RAX, a->n, group->low);
+        mov(e, 0, RCX, RAX);
+        shift(e, 0, SHR, RCX, PAGE_BITS - 5);
+        alu_imm(e, 0, AND, RCX, (TLB_SIZE - 1) << 5);
+        op_rm(e, 1, 0x03, RCX, CPU, AT(bank));
+        alu_imm(e, 1, ADD, RAX, group->span - 1);
+        alu_imm(e, 1, AND, RAX, -PAGE_SIZE);
+        size_t tag = group->write ? offsetof(struct tlb_entry, write) : offsetof(struct tlb_entry, read);
+        op_rm(e, 1, 0x3b, RAX, RCX, (int32_t)tag);
+        load(e, 1, a->scratch, RCX, offsetof(struct tlb_entry, addend));
+        also_from(o, jcc(e, NE));
+    } else {
+        test(e, 1, a->scratch, a->scratch);
+        also_from(o, jcc(e, E));
+    }
+    int32_t disp = (a->arg >> MODE & 7) == M_POST ? 0 : (int32_t)u->imm;
+    move(e, u, a, (struct place){a->n, a->scratch, disp});
+}
+
+static void emit_access(struct emit *e, const struct uop *u, uint32_t arg) {
+    if (arg & VECTOR) {
+        check_fp(e, u);
+    } else if (loads_base(u, arg, arg & PAIR)) {
+        call_op(e, u, false);
+        return;
+    }
+    struct operands at = operands(e, u, arg);
+    struct transfer a = {arg, (uint8_t)at.n, (uint8_t)at.m, NO_REG, NO_REG, NO_REG, false};
+    if (!(arg & VECTOR)) {
+        a.t = (uint8_t)(arg & STORES ? use(e, u->rd) : reserve(e, u->rd));
+        if (arg & PAIR)
+            a.t2 = (uint8_t)(arg & STORES ? use(e, u->ra) : reserve(e, u->ra));
+    }
+    const struct group *group = e->group_of[e->index] == NO_GROUP ? NULL : &e->groups[e->group_of[e->index]];
+    if (group && !group->scratch)
+        group = NULL;
+    struct outlined *o;
+    if (group) {
+        grouped_access(e, u, &a, group);
+        o = &e->outlined[e->outlined_count - 1];
+    } else {
+        o = slow_call(e, u);
+        checked_access(e, u, &a, o);
+    }
+    if (!(arg & (VECTOR | STORES))) {
+        dirty(e, u->rd);
+        if (arg & PAIR)
+            dirty(e, u->ra);
     }
     write_back(e, u, arg, at);
+    if (group && e->index == group->last)
+        forget(e, group->scratch);
+    comes_back(e, o);
+}
+
+static bool by_base(const struct emitter *by) {
+    unsigned mode = by->arg >> MODE & 7;
+    return by->emit == emit_access && (mode == M_IMM || mode == M_PRE || mode == M_POST);
+}
+
+static void emit_literal(struct emit *e, const struct uop *u, uint32_t arg) {
+    struct transfer a = {.arg = arg, .t = NO_REG};
+    if (arg & VECTOR)
+        check_fp(e, u);
+    else
+        a.t = (uint8_t)reserve(e, u->rd);
+    struct outlined *o = slow_call(e, u);
+    lea(e, 1, RAX, PAGE, pc_base(e, u) + (int32_t)u->imm);
+    translate(e, o, 1u << (arg & 7), false, false);
+    move(e, u, &a, (struct place){RAX, NO_REG, 0});
+    if (!(arg & VECTOR))
+        dirty(e, u->rd);
     comes_back(e, o);
 }
 
@@ -260,21 +414,19 @@ static void emit_nothing(struct emit *e, const struct uop *u, uint32_t arg) {}
 
 /* ---- The table --------------------------------------------------------------------------------------------------- */
 
-#define MODES(name, emitter, arg)                                                                                      \
-    {p_##name##_imm, emitter, (arg) | M_IMM << MODE, TRAPS}, {p_##name##_pre, emitter, (arg) | M_PRE << MODE, TRAPS},  \
-    {p_##name##_post, emitter, (arg) | M_POST << MODE, TRAPS}
-#define INDEXED(name, emitter, arg)                                                                                    \
-    MODES(name, emitter, arg), {p_##name##_lsl, emitter, (arg) | M_LSL << MODE, TRAPS},                                \
-    {p_##name##_uxtw, emitter, (arg) | M_UXTW << MODE, TRAPS}, {p_##name##_sxtw, emitter, (arg) | M_SXTW << MODE, TRAPS}
-#define GENERAL(name, arg)                                                                                             \
-    INDEXED(name, emit_access, arg), {p_##name##_unpriv, emit_access, (arg) | M_UNPRIVILEGED << MODE, TRAPS}
-#define VECTORS(letter, size)                                                                                          \
-    INDEXED(ldr_##letter, emit_access_v, size), INDEXED(str_##letter, emit_access_v, (size) | STORES)
+#define EFFECTS(arg) (TRAPS | ((arg) & (STORES | VECTOR) ? NO_RD : (arg) & PAIR ? AND_RA : 0))
+#define ACCESS(name, mode, arg) {p_##name, emit_access, (arg) | (mode) << MODE, EFFECTS(arg)}
+#define WRITING_BACK(name, mode, arg) {p_##name, emit_access, (arg) | (mode) << MODE, EFFECTS(arg) | AND_RN}
+#define MODES(name, arg)                                                                                               \
+    ACCESS(name##_imm, M_IMM, arg), WRITING_BACK(name##_pre, M_PRE, arg), WRITING_BACK(name##_post, M_POST, arg)
+#define INDEXED(name, arg)                                                                                             \
+    MODES(name, arg), ACCESS(name##_lsl, M_LSL, arg), ACCESS(name##_uxtw, M_UXTW, arg), ACCESS(name##_sxtw, M_SXTW, arg)
+#define GENERAL(name, arg) INDEXED(name, arg), ACCESS(name##_unpriv, M_UNPRIVILEGED, arg)
+#define VECTORS(letter, size) INDEXED(ldr_##letter, (size) | VECTOR), INDEXED(str_##letter, (size) | VECTOR | STORES)
 #define VECTOR_PAIRS(letter, size)                                                                                     \
-    MODES(ldp_##letter, emit_pair_v, size), MODES(stp_##letter, emit_pair_v, (size) | STORES)
+    MODES(ldp_##letter, (size) | VECTOR | PAIR), MODES(stp_##letter, (size) | VECTOR | PAIR | STORES)
 #define ORDERED(width, size)                                                                                           \
-    {p_ldar##width, emit_access, (size) | ALIGNED | M_BASE << MODE, TRAPS},                                            \
-    {p_stlr##width, emit_access, (size) | STORES | ALIGNED | FENCED | M_BASE << MODE, TRAPS}
+    ACCESS(ldar##width, M_BASE, (size) | ALIGNED), ACCESS(stlr##width, M_BASE, (size) | STORES | ALIGNED | FENCED)
 
 const struct emitter jit_x64_mem[] = {
     GENERAL(ldrb, 0),
@@ -297,11 +449,11 @@ const struct emitter jit_x64_mem[] = {
     ORDERED(16, 1),
     ORDERED(32, 2),
     ORDERED(64, 3),
-    MODES(ldp32, emit_pair, 2),
-    MODES(ldp64, emit_pair, 3),
-    MODES(ldpsw, emit_pair, 2 | SIGNED | WIDE),
-    MODES(stp32, emit_pair, 2 | STORES),
-    MODES(stp64, emit_pair, 3 | STORES),
+    MODES(ldp32, 2 | PAIR),
+    MODES(ldp64, 3 | PAIR),
+    MODES(ldpsw, 2 | SIGNED | WIDE | PAIR),
+    MODES(stp32, 2 | STORES | PAIR),
+    MODES(stp64, 3 | STORES | PAIR),
     VECTORS(b, 0),
     VECTORS(h, 1),
     VECTORS(s, 2),
@@ -310,10 +462,10 @@ const struct emitter jit_x64_mem[] = {
     VECTOR_PAIRS(s, 2),
     VECTOR_PAIRS(d, 3),
     VECTOR_PAIRS(q, 4),
-    {p_ldr_s_literal, emit_literal_v, 2, TRAPS},
-    {p_ldr_d_literal, emit_literal_v, 3, TRAPS},
-    {p_ldr_q_literal, emit_literal_v, 4, TRAPS},
-    {p_prfm, emit_nothing, 0, KEEPS},
+    {p_ldr_s_literal, emit_literal, 2 | VECTOR, TRAPS | NO_RD},
+    {p_ldr_d_literal, emit_literal, 3 | VECTOR, TRAPS | NO_RD},
+    {p_ldr_q_literal, emit_literal, 4 | VECTOR, TRAPS | NO_RD},
+    {p_prfm, emit_nothing, 0, KEEPS | NO_RD},
     {NULL, NULL, 0, 0},
 };
 
