@@ -24,10 +24,9 @@ from avmm.aio import cancel, outlast
 from avmm.attachments import attachments_of, close_all, describe_all, open_all
 from avmm.attachments.base import Attachment
 from avmm.attachments.drive import DriveAttachment
-from avmm.attachments.net import NetAttachment
+from avmm.attachments.net import NetAttachment, Network
 from avmm.attachments.ports import PortsAttachment
 from avmm.attachments.share import ShareAttachment
-from avmm.backends.cable import Cable
 from avmm.backends.drive import Drive
 from avmm.backends.port import Port
 from avmm.backends.serial import SerialLine
@@ -327,12 +326,12 @@ class VirtualMachine:
         self.config = replace(self.config, drives=(*self.config.drives, drive_config(drive)))
 
     @property
-    def nets(self) -> list[Cable]:
-        """The networks, in the order they were given, for their counters and faults; none before the VM is started."""
-        return [each.cable for each in self._all(NetAttachment) if each.cable is not None]
+    def nets(self) -> list[Network]:
+        """The networks, in the order they were given; none before the VM is started."""
+        return [each.network for each in self._all(NetAttachment) if each.network is not None]
 
     @property
-    def net(self) -> Cable:
+    def net(self) -> Network:
         """The first of :attr:`nets`. Raises ConfigError when there is none."""
         if not self.nets:
             raise ConfigError("this VM has no network, or has not been started")

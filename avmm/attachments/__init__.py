@@ -21,7 +21,10 @@ def attachments_of(config: VmConfig) -> list[Attachment]:
     """What a VM of ``config`` is given, not opened yet, in the order of its virtio slots. Raises ConfigError."""
     given: list[Attachment] = [DriveAttachment(each, f"drive{index}") for index, each in enumerate(config.drives)]
     given.append(RngAttachment())
-    given += [NetAttachment(each, f"net{index}", config.publish) for index, each in enumerate(config.nets)]
+    publish = config.publish
+    for index, net in enumerate(config.nets):
+        given.append(NetAttachment(net, f"net{index}", publish if net.kind == "user" else ()))
+        publish = publish if net.kind != "user" else ()
     if config.ports:
         given.append(PortsAttachment(config.ports))
     tags = [share.tag for share in config.shares]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,11 +13,14 @@ from avmm.backends.cable import Cable
 from avmm.backends.pcap import Pcap
 from avmm.backends.stream import Stream
 from avmm.backends.tap import Tap
+from avmm.backends.usernet.dns import Names
+from avmm.backends.usernet.network import Forward, Handler, Streams, UserNetwork
 from avmm.config import NetConfig, PublishConfig
 from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.transport import VirtioDevice
 from avmm.errors import ConfigError
-from avmm.link import End, Network, join, part
+from avmm.link import End, join, part
+from avmm.link import Network as Pluggable
 
 
 class Backend(Protocol):
@@ -29,6 +33,45 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Let go of everything; not running."""
+
+
+class Network(Cable):
+    """``vm.net``: the cable with its counters and faults, and what a user-mode network can do for a test."""
+
+    def __init__(self, pcap: Pcap | None, user: UserNetwork | None) -> None:
+        super().__init__(pcap)
+        self._user = user
+
+    @property
+    def user(self) -> UserNetwork:
+        """The user-mode network itself. Raises ConfigError when this is another kind, as all that follows does."""
+        if self._user is None:
+            raise ConfigError('this takes a user-mode network: net="user", --net user')
+        return self._user
+
+    @property
+    def dns(self) -> Names:
+        """Names of one's own: ``vm.net.dns["api.test"] = "10.0.2.2"``, an address of the network's or any other."""
+        return self.user.dns
+
+    def serve(self, port: int, handler: Handler, *, address: str = "10.0.2.2") -> None:
+        """``handler(reader, writer)``, as for :func:`asyncio.start_server`, answers guests that connect to ``port`` of
+        ``address``; no port of the host's is used."""
+        self.user.serve(port, handler, address=address)
+
+    def stop_serving(self, port: int, *, address: str = "10.0.2.2") -> None:
+        """Take no more connections to ``port``."""
+        self.user.stop_serving(port, address=address)
+
+    async def connect(self, port: int, *, timeout: float | None = None) -> Streams:
+        """(reader, writer) of a connection to the guest's ``port``. Raises ConnectionRefusedError when nobody listens
+        there, WaitTimeout, GuestGone."""
+        return await self.user.connect(port, timeout=timeout)
+
+    @property
+    def published(self) -> list[tuple[str, int]]:
+        """(address, port) on the host of each published port, in order: what a port of 0 has become."""
+        return self.user.published
 
 
 class NetAttachment(Attachment):
@@ -44,29 +87,54 @@ class NetAttachment(Attachment):
         self._pcap: Pcap | None = None
         self._backend: Backend | None = None
         self._card: Net | None = None
-        self.cable: Cable | None = None
+        self._origin: NetAttachment | None = None
+        self.network: Network | None = None
 
     def open(self) -> None:
         """See :class:`Attachment`. Raises HostError, ConfigError."""
         config = self._config
         self._pcap = None if config.pcap is None else Pcap(config.pcap)
-        cable = Cable(self._pcap)
         try:
-            self._backend = _backend(config, cable)
+            user = None if config.kind != "user" else UserNetwork(restrict=config.restrict, publish=self._forwards())
+            self.network = Network(self._pcap, user)
+            self._backend = user or self._open_backend(self.network)
         except BaseException:
             self.close()
             raise
-        join(cable.network, self._backend.end)
-        self.cable = cable
+        if self._origin is not None and self._origin.network is not None and user is not None:
+            user.serve_as(self._origin.network.user)
+        join(self.network.network, self._backend.end)
+
+    def _open_backend(self, network: Network) -> Backend:
+        config = self._config
+        if self._origin is not None:
+            return _Nowhere()
+        if config.kind == "tap":
+            return Tap(config.target)
+        if config.kind == "socket":
+            return Stream(Path(config.target))
+        assert config.network is not None
+        return _Plugged(config.network, network)
+
+    def _forwards(self) -> list[Forward]:
+        return [Forward(each.host, each.guest, each.udp, each.address) for each in self._publish]
+
+    def fork(self) -> NetAttachment:
+        """See :class:`Attachment`. A user-mode network is made again, with the same names and servers, its published
+        ports at free ones; a twin that has the same addresses as this VM is not plugged into anything else."""
+        publish = [replace(each, host=0) for each in self._publish]
+        twin = NetAttachment(replace(self._config, pcap=None, mac=self._mac), self._name, publish)
+        twin._origin = self
+        return twin
 
     def device(self) -> VirtioDevice:
         """See :class:`Attachment`."""
-        assert self.cable is not None
+        assert self.network is not None
         if self._card is not None:
             part(self._card.end)
         card = self._card = Net(self._mac, name=self._name)
-        join(card.end, self.cable.card)
-        self.cable.watch_link(card.set_link)
+        join(card.end, self.network.card)
+        self.network.watch_link(card.set_link)
         return card
 
     async def run(self) -> None:
@@ -76,8 +144,8 @@ class NetAttachment(Attachment):
 
     def gone(self) -> None:
         """See :class:`Attachment`."""
-        assert self.cable is not None
-        self.cable.close()
+        if self.network is not None:
+            self.network.close()
 
     def close(self) -> None:
         """See :class:`Attachment`."""
@@ -103,20 +171,23 @@ class NetAttachment(Attachment):
         return [found]
 
 
-def _backend(config: NetConfig, cable: Cable) -> Backend:
-    if config.kind == "tap":
-        return Tap(config.target)
-    if config.kind == "socket":
-        return Stream(Path(config.target))
-    if config.network is None:
-        raise ConfigError(f"there is no network {config.kind!r} yet")
-    return _Plugged(config.network, cable)
+class _Nowhere:
+    """The other end of a cable that is plugged into nothing."""
+
+    def __init__(self) -> None:
+        self.end = End(lambda frame: True, offload=True)
+
+    async def run(self) -> None:
+        """See :class:`Backend`."""
+
+    def close(self) -> None:
+        """See :class:`Backend`."""
 
 
 class _Plugged:
     """A network of the program's own, which runs by itself: a switch."""
 
-    def __init__(self, network: Network, owner: object) -> None:
+    def __init__(self, network: Pluggable, owner: object) -> None:
         self._network = network
         self.end = network.plug(owner)
 

@@ -55,7 +55,7 @@ def tcp(version: int, payload: bytes, gso_size: int = 0, vlan: bool = False, sen
 
 def fields(path: Path, *names: str) -> list[list[str]]:
     """What tshark makes of a recording, checksums checked."""
-    argv = ["tshark", "-r", path, "-T", "fields", "-o", "tcp.check_checksum:TRUE", "-o", "ip.check_checksum:TRUE",
+    argv = ["tshark", "-r", str(path), "-T", "fields", "-o", "tcp.check_checksum:TRUE", "-o", "ip.check_checksum:TRUE",
             "-o", "tcp.relative_sequence_numbers:FALSE", "-o", "tcp.analyze_sequence_numbers:FALSE"]  # fmt: skip
     for name in names:
         argv += ["-e", name]
@@ -141,7 +141,7 @@ class Owner:
         self.end = End(self._receive, offload=offload)
         self.frames: list[Frame] = []
         self.full = False
-        self.room = 0
+        self.room: int = 0
         self.end.on_room = self._room
         self._some = asyncio.Event()
 
@@ -200,7 +200,7 @@ async def test_a_cable_finishes_what_the_far_end_cannot() -> None:
     network.full = True
     assert card.end.send(frame)  # cut up, and waiting
     assert not card.end.send(frame)
-    assert not card.room
+    assert card.room == 0
     network.full = False
     network.end.room()
     assert len(network.frames) == 3

@@ -131,6 +131,12 @@ class UserNetwork:
         """Take no more connections to ``port``; those there are go on."""
         del self._served[self._own(address), port]
 
+    def serve_as(self, other: UserNetwork) -> None:
+        """Serve what ``other`` does, under the same names: for the twin of its guest."""
+        self._served.update(other._served)
+        self.stack.aliases |= other.stack.aliases
+        self.dns.update(other.dns)
+
     async def connect(self, port: int, *, timeout: float | None = None) -> Streams:
         """(reader, writer) of a connection to ``port`` of the guest, as from the gateway.
 
