@@ -49,7 +49,7 @@ class Machine:
 
 def _avmm(kernel: Path, initrd: Path, memory: int, cpus: int, append: str) -> list[str]:
     command = [sys.executable, "-m", "avmm.cli", "boot", str(kernel), str(initrd)]
-    return [*command, "-m", f"{memory}M", "-c", str(cpus), "-a", append]
+    return [*command, "-m", f"{memory}M", "-c", str(cpus), "-a", append, "--net", "none"]
 
 
 def _qemu(kernel: Path, initrd: Path, memory: int, cpus: int, append: str) -> list[str]:

@@ -33,7 +33,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )  # fmt: skip
     p.add_argument(
         "--net", metavar="user|none|tap=IF|socket=PATH[,restrict][,mac=…][,pcap=FILE]", action="append", dest="nets",
-        help="a network (repeat for more)",
+        help="a network (default user: this host is the gateway, no root is needed; repeat for more)",
     )  # fmt: skip
     p.add_argument(
         "-p", "--publish", metavar="HOST:GUEST[/udp]", action="append", default=[],
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         reboot=not args.no_reboot,
         faults=args.fault,
         drives=args.drives,
-        net=args.nets or "none",
+        net=args.nets or "user",
         publish=args.publish,
         pcap=args.pcap,
         shares=args.shares,

@@ -59,6 +59,7 @@ dmesg -n 1
 mount -t ext4 -o noatime /dev/vda /mnt || { echo 'rootfs: /dev/vda has no file system'; poweroff -f; }
 for each in dev proc sys run; do mount --move /$each /mnt/$each; done
 mount -t tmpfs tmpfs /mnt/tmp
+cp /etc/resolv.conf /mnt/etc/resolv.conf 2>/dev/null
 mkdir /run/busybox
 /bin/busybox --install -s /run/busybox
 exec switch_root -c /dev/console /mnt /bin/busybox sh -c '
