@@ -26,6 +26,7 @@ THIS = f"{HERE}/_build.py"
 
 FLAGS = ["-std=c11", "-O2", "-g", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+SHARED = [f"{HERE}/frame.c", f"{HERE}/gate.c"]  # on top of hv_*, in either build
 SANITIZE = os.environ.get("AVMM_SANITIZE") == "1"
 COMPILE = FLAGS + SANITIZERS if SANITIZE else FLAGS
 MACOS = "-mmacosx-version-min=13.0"  # the first with hv_vm_config_get_default_ipa_size
@@ -46,7 +47,7 @@ def softhv() -> FFI:
         "avmm.hypervisor._softhv",
         "#include <stdbool.h>\n#include <stddef.h>\n#include <stdint.h>\n"
         '#include "hv.h"\n#include "frame.h"\n#include "softhv/softhv.h"\n',
-        sources=[*sources, f"{HERE}/frame.c"],
+        sources=[*sources, *SHARED],
         include_dirs=[HERE],
         extra_compile_args=[*COMPILE, "-pthread"],
         extra_link_args=[*LINK, "-pthread"],
@@ -62,7 +63,7 @@ def framework() -> FFI:
     ffi.set_source(
         "avmm.hypervisor._framework",
         '#include <Hypervisor/Hypervisor.h>\n#include "frame.h"\n',
-        sources=[f"{HERE}/frame.c"],
+        sources=SHARED,
         include_dirs=[HERE],
         extra_compile_args=[*COMPILE, MACOS],
         extra_link_args=[*LINK, MACOS, "-framework", "Hypervisor"],

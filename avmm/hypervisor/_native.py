@@ -50,6 +50,9 @@ class NativeVcpu:
         self._exit = exits[0]
         self._run = lib.avmm_run
         self._frame = ffi.new("avmm_frame_t *")
+        self._frame.gate = self._gate = ffi.gc(lib.avmm_gate_new(), lib.avmm_gate_free)
+        if self._gate == ffi.NULL:
+            raise EngineError("avmm_gate_new failed: the host is out of memory")
         self._cell = ffi.new("uint64_t *")
         self._closed = False
         self.frame: Frame = cast(Frame, self._frame)
@@ -64,6 +67,22 @@ class NativeVcpu:
         """Make :meth:`run` return CANCELED, now or at its next call. Any thread; nothing once closed."""
         if not self._closed:
             self._lib.hv_vcpus_exit(self._handles, 1)
+
+    def open_gate(self, enter: bool) -> None:
+        """End a sleep that :meth:`run` is in, or will be: ``enter`` the guest, or come out of run. Any thread."""
+        self._lib.avmm_gate_open(self._gate, 1 if enter else 2)
+
+    def shut_gate(self) -> None:
+        """Take it back that the gate was opened: the sleep had ended by itself."""
+        self._lib.avmm_gate_shut(self._gate)
+
+    def set_poll(self, most_ns: int) -> None:
+        """How long at most, in nanoseconds, a sleep may begin with a busy wait. Not while it runs."""
+        self._lib.avmm_gate_set_poll(self._gate, most_ns)
+
+    def withdraw(self) -> int:
+        """Take ``frame.offer`` back; what it was. Any thread."""
+        return cast(int, self._lib.avmm_withdraw(self._frame))
 
     def get_reg(self, reg: int) -> int:
         """A general register, see :class:`~avmm.hypervisor.base.Reg`."""

@@ -61,6 +61,13 @@ class Frame(Protocol):
     virtual_address: int
     vtimer_ctl: int
     vtimer_cval: int
+    sleep: int
+    sleep_exact: int
+    sleep_until: int
+    expired: int
+    entered: int
+    offer: int
+    acknowledged: int
 
     @property
     def args(self) -> list[int]:
@@ -88,11 +95,26 @@ class Vcpu(Protocol):
     frame: Frame
 
     def run(self) -> int:
-        """Finish the last exit, enter the guest, come back with an :class:`ExitKind` (as a plain int)."""
+        """Finish the last exit, enter the guest, come back with an :class:`ExitKind` (as a plain int).
+
+        With ``frame.sleep`` it sleeps first: at a gate, until ``frame.sleep_until``.
+        """
         ...
 
     def kick(self) -> None:
         """Make :meth:`run` return CANCELED, now or at its next call. Any thread."""
+        ...
+
+    def open_gate(self, enter: bool) -> None:
+        """End a sleep that :meth:`run` is in, or will be: ``enter`` the guest, or come out of run. Any thread."""
+        ...
+
+    def shut_gate(self) -> None:
+        """Take it back that the gate was opened: the sleep had ended by itself."""
+        ...
+
+    def withdraw(self) -> int:
+        """Take ``frame.offer`` back; what it was. Any thread."""
         ...
 
     def get_reg(self, reg: int) -> int:

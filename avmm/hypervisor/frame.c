@@ -22,6 +22,7 @@ enum { EC_WFX = 0x01, EC_HVC = 0x16, EC_SMC = 0x17, EC_SYSREG = 0x18, EC_IABT = 
 enum { DABT_ISV = 1 << 24, DABT_SSE = 1 << 21, DABT_SF = 1 << 15 };
 enum { DABT_CM = 1 << 8, DABT_S1PTW = 1 << 7, DABT_WNR = 1 << 6 };
 enum { XZR = 31 };
+enum { ICC_IAR1_EL1 = 0xc660 };
 
 static uint64_t get_reg(hv_vcpu_t vcpu, uint32_t reg) {
     uint64_t value = 0;
@@ -79,10 +80,14 @@ static void decode_data_abort(hv_vcpu_t vcpu, const hv_vcpu_exit_t *exit, avmm_f
         frame->value = get_reg(vcpu, frame->reg) & UINT64_MAX >> (64 - 8 * frame->size);
 }
 
+static uint64_t sysreg_encoding(uint64_t iss) {
+    return (iss >> 20 & 3) << 14 | (iss >> 14 & 7) << 11 | (iss >> 10 & 15) << 7 | (iss >> 1 & 15) << 3 |
+           (iss >> 17 & 7);
+}
+
 static void decode_sysreg(hv_vcpu_t vcpu, avmm_frame_t *frame) {
     uint64_t iss = frame->syndrome;
-    frame->address = (iss >> 20 & 3) << 14 | (iss >> 14 & 7) << 11 | (iss >> 10 & 15) << 7 | (iss >> 1 & 15) << 3 |
-                     (iss >> 17 & 7);
+    frame->address = sysreg_encoding(iss);
     frame->size = 8;
     frame->reg = iss >> 5 & 31;
     frame->sign_extend = 0;
@@ -140,15 +145,58 @@ static bool is_cache_maintenance(const hv_vcpu_exit_t *exit) {
     return exit->reason == HV_EXIT_REASON_EXCEPTION && (esr >> 26 & 0x3f) == EC_DABT && esr & DABT_CM;
 }
 
+uint32_t avmm_withdraw(avmm_frame_t *frame) { return __atomic_exchange_n(&frame->offer, 0, __ATOMIC_ACQ_REL); }
+
+/* The guest reads ICC_IAR1_EL1, and there is an offer: it is taken. */
+static bool take_offer(const hv_vcpu_exit_t *exit, avmm_frame_t *frame) {
+    uint32_t offer = __atomic_load_n(&frame->offer, __ATOMIC_ACQUIRE);
+    if (!(offer & AVMM_OFFERED) || exit->reason != HV_EXIT_REASON_EXCEPTION)
+        return false;
+    frame->syndrome = exit->exception.syndrome;
+    if ((frame->syndrome >> 26 & 0x3f) != EC_SYSREG || !(frame->syndrome & 1) ||
+        sysreg_encoding(frame->syndrome) != ICC_IAR1_EL1)
+        return false;
+    uint32_t intid = offer & ~(uint32_t)AVMM_OFFERED;
+    if (!__atomic_compare_exchange_n(&frame->offer, &offer, AVMM_TAKEN | intid, false, __ATOMIC_ACQ_REL,
+                                     __ATOMIC_ACQUIRE))
+        return false; /* withdrawn just now */
+    frame->acknowledged = 1;
+    frame->irq = 0; /* nothing that is pending has a higher priority */
+    frame->reg = frame->syndrome >> 5 & 31;
+    frame->size = 8;
+    frame->sign_extend = 0;
+    frame->wide = 1;
+    frame->result = intid;
+    frame->finish = AVMM_FINISH_RESULT;
+    return true;
+}
+
+/* False: awake, but not to enter the guest. */
+static bool sleep_first(avmm_frame_t *frame) {
+    frame->sleep = 0;
+    uint32_t how = avmm_gate_sleep(frame->gate, frame->sleep_until, frame->sleep_exact);
+    frame->expired = how == AVMM_GATE_SHUT;
+    frame->entered = how == AVMM_GATE_ENTER ? avmm_monotonic_ns() : 0;
+    frame->irq |= how == AVMM_GATE_ENTER;
+    return how == AVMM_GATE_ENTER;
+}
+
 void avmm_run(hv_vcpu_t vcpu, hv_vcpu_exit_t *exit, avmm_frame_t *frame) {
     hv_return_t result;
+    if (frame->sleep && !sleep_first(frame)) {
+        frame->kind = AVMM_EXIT_CANCELED;
+        return;
+    }
     for (;;) {
         deliver(vcpu, frame);
         result = hv_vcpu_run(vcpu);
         hv_vcpu_get_reg(vcpu, HV_REG_PC, &frame->pc);
-        if (result || !is_cache_maintenance(exit))
+        if (result)
             break;
-        frame->finish = AVMM_FINISH_ADVANCE;
+        if (is_cache_maintenance(exit))
+            frame->finish = AVMM_FINISH_ADVANCE;
+        else if (!take_offer(exit, frame))
+            break;
     }
     if (result) {
         frame->kind = AVMM_EXIT_ERROR;

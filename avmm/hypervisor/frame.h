@@ -26,9 +26,12 @@
 #define AVMM_EXIT_OTHER 12       /* any other exception: see syndrome */
 #define AVMM_EXIT_ERROR 13       /* hv_vcpu_run itself failed: value = hv_return_t */
 
+/* Where a parked vCPU sleeps: see gate.c. */
+typedef struct avmm_gate avmm_gate_t;
+
 typedef struct {
     /* To the vCPU; consumed by the next avmm_run(). */
-    uint8_t irq;           /* level of the IRQ input; kept until changed */
+    uint8_t irq;           /* level of the IRQ input; kept until changed, or until an offer is taken */
     uint8_t finish;        /* AVMM_FINISH_*; back to NONE once done */
     uint8_t unmask_vtimer; /* clear the virtual timer's mask first; back to 0 once done */
     uint8_t mask_vtimer;   /* set it first: its interrupt is up without an exit; back to 0 once done */
@@ -47,10 +50,50 @@ typedef struct {
     uint64_t virtual_address;  /* FAR_EL2 */
     uint64_t vtimer_ctl;   /* CNTV_CTL_EL0; valid on WFI and whenever vtimer_masked */
     uint64_t vtimer_cval;  /* CNTV_CVAL_EL0; valid on WFI */
+    /* A sleep before the guest is entered. */
+    uint8_t sleep;         /* to the vCPU: sleep at the gate first; back to 0 once done */
+    uint8_t sleep_exact;   /* to the vCPU: the guest waits for just that moment */
+    uint8_t expired;       /* from the vCPU: sleep_until has come, and nobody had opened the gate */
+    uint8_t acknowledged;  /* from the vCPU: the offer was taken; cleared by whoever heeds it */
+    uint32_t offer;        /* see avmm_withdraw() */
+    uint64_t sleep_until;  /* to the vCPU: nanoseconds of the monotonic clock */
+    uint64_t entered;      /* from the vCPU: after a sleep, when it entered the guest; 0: it did not */
+    avmm_gate_t *gate;
 } avmm_frame_t;
 
-/* Finish the last exit, set the IRQ input, run, decode the next exit into `frame`. Owning thread only. */
+/*
+ * Sleep if asked to, finish the last exit, set the IRQ input, run, decode the next exit into `frame`. Owning thread only.
+ * A sleep that AVMM_GATE_ENTER ends goes straight into the guest, its IRQ input up; any other returns CANCELED with
+ * `entered` 0, and nothing finished.
+ */
 void avmm_run(hv_vcpu_t vcpu, hv_vcpu_exit_t *exit, avmm_frame_t *frame);
+
+/*
+ * The interrupt that ICC_IAR1_EL1 would return may be offered in advance: `offer` = AVMM_OFFERED | INTID. A guest that
+ * reads the register then gets it without an exit, its IRQ input falls, and `offer` becomes AVMM_TAKEN | INTID.
+ * avmm_withdraw() takes the offer back, from any thread: it returns what `offer` was, and leaves 0 there.
+ */
+#define AVMM_OFFERED 0x40000000
+#define AVMM_TAKEN 0x80000000
+uint32_t avmm_withdraw(avmm_frame_t *frame);
+
+/* A gate, shut; NULL when memory is short. */
+avmm_gate_t *avmm_gate_new(void);
+void avmm_gate_free(avmm_gate_t *gate);
+
+/* Open it for whoever sleeps there, or will: any thread. Once, until it is shut again, which passing it does too. */
+#define AVMM_GATE_SHUT 0
+#define AVMM_GATE_ENTER 1 /* enter the guest at once */
+#define AVMM_GATE_OUT 2   /* come out to whoever called avmm_run() */
+void avmm_gate_open(avmm_gate_t *gate, uint32_t how);
+void avmm_gate_shut(avmm_gate_t *gate);
+
+/* The longest busy wait before a sleep, in nanoseconds; 0: none. */
+void avmm_gate_set_poll(avmm_gate_t *gate, uint64_t most_ns);
+
+/* Sleep until the gate is open or `until` has come: how it was opened, else AVMM_GATE_SHUT. Owning thread only. */
+uint32_t avmm_gate_sleep(avmm_gate_t *gate, uint64_t until, bool exact);
+uint64_t avmm_monotonic_ns(void);
 
 /* hv_vcpu_get/set_simd_fp_reg with the vector in memory: a vector cannot be passed by value through an FFI. */
 hv_return_t avmm_get_simd_fp_reg(hv_vcpu_t vcpu, hv_simd_fp_reg_t reg, uint8_t *value);

@@ -1,0 +1,155 @@
+/*
+ * The gate: where a vCPU that is parked sleeps, without the interpreter's lock. See avmm/vcpu/park.py for who opens it.
+ *
+ * Two waits are awake. Before it sleeps, a bounded poll that grows while wakes come soon and ends when they do not
+ * (as KVM's halt_poll_ns): a wake that comes then costs no thread wake. And at the end of a sleep with an exact moment, the
+ * rest of it: the sleep ends early by what a wake has been taking.
+ */
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <time.h>
+#ifdef __APPLE__
+#include <Hypervisor/Hypervisor.h>
+#else
+#include "hv.h"
+#endif
+#include "frame.h"
+
+enum {
+    POLL_FIRST_NS = 10000,   /* the first poll of a series */
+    POLL_MOST_NS = 200000,   /* KVM's default; a wake within so many is soon */
+    EARLY_STEP_NS = 4000,    /* steps of one size find the median, whatever the stragglers are */
+    EARLY_MOST_NS = 100000
+};
+
+struct avmm_gate {
+    pthread_mutex_t lock;
+    pthread_cond_t opened;
+    _Atomic uint32_t state; /* AVMM_GATE_* */
+    bool waiting;           /* asleep in `opened` */
+    uint64_t poll_ns, poll_most_ns;
+    uint64_t early_ns;
+};
+
+#ifdef __APPLE__
+uint64_t avmm_monotonic_ns(void) { return clock_gettime_nsec_np(CLOCK_UPTIME_RAW); } /* Python's time.monotonic_ns() */
+
+static void cond_init(pthread_cond_t *cond) { pthread_cond_init(cond, NULL); }
+
+static void cond_wait_until(pthread_cond_t *cond, pthread_mutex_t *lock, uint64_t until) {
+    uint64_t now = avmm_monotonic_ns(), left = until > now ? until - now : 0;
+    struct timespec relative = {(time_t)(left / 1000000000), (long)(left % 1000000000)};
+    pthread_cond_timedwait_relative_np(cond, lock, &relative);
+}
+#else
+uint64_t avmm_monotonic_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
+static void cond_init(pthread_cond_t *cond) {
+    pthread_condattr_t attributes;
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    pthread_cond_init(cond, &attributes);
+    pthread_condattr_destroy(&attributes);
+}
+
+static void cond_wait_until(pthread_cond_t *cond, pthread_mutex_t *lock, uint64_t until) {
+    struct timespec absolute = {(time_t)(until / 1000000000), (long)(until % 1000000000)};
+    pthread_cond_timedwait(cond, lock, &absolute);
+}
+#endif
+
+static void relax(void) {
+#if defined __x86_64__ || defined __i386__
+    __builtin_ia32_pause();
+#elif defined __aarch64__
+    __asm__ volatile("yield");
+#endif
+}
+
+avmm_gate_t *avmm_gate_new(void) {
+    avmm_gate_t *gate = calloc(1, sizeof *gate);
+    if (!gate)
+        return NULL;
+    pthread_mutex_init(&gate->lock, NULL);
+    cond_init(&gate->opened);
+    gate->poll_most_ns = POLL_MOST_NS;
+    return gate;
+}
+
+void avmm_gate_free(avmm_gate_t *gate) {
+    pthread_cond_destroy(&gate->opened);
+    pthread_mutex_destroy(&gate->lock);
+    free(gate);
+}
+
+void avmm_gate_set_poll(avmm_gate_t *gate, uint64_t most_ns) {
+    gate->poll_most_ns = most_ns;
+    gate->poll_ns = 0;
+}
+
+void avmm_gate_open(avmm_gate_t *gate, uint32_t how) {
+    pthread_mutex_lock(&gate->lock);
+    atomic_store(&gate->state, how);
+    bool waiting = gate->waiting;
+    pthread_mutex_unlock(&gate->lock); /* first, so that who wakes does not wait for it */
+    if (waiting)
+        pthread_cond_signal(&gate->opened);
+}
+
+void avmm_gate_shut(avmm_gate_t *gate) { atomic_store(&gate->state, AVMM_GATE_SHUT); }
+
+static bool is_shut(avmm_gate_t *gate) {
+    return atomic_load_explicit(&gate->state, memory_order_acquire) == AVMM_GATE_SHUT;
+}
+
+static void await_awake(avmm_gate_t *gate, uint64_t until) {
+    while (is_shut(gate) && avmm_monotonic_ns() < until)
+        relax();
+}
+
+static void await_asleep(avmm_gate_t *gate, uint64_t until) {
+    pthread_mutex_lock(&gate->lock);
+    gate->waiting = true;
+    while (is_shut(gate) && avmm_monotonic_ns() < until)
+        cond_wait_until(&gate->opened, &gate->lock, until);
+    gate->waiting = false;
+    pthread_mutex_unlock(&gate->lock);
+}
+
+static void adapt_poll(avmm_gate_t *gate, uint64_t slept_ns) {
+    if (slept_ns > gate->poll_most_ns)
+        gate->poll_ns = 0;
+    else if (slept_ns > gate->poll_ns) { /* a longer poll would have caught it */
+        uint64_t longer = gate->poll_ns ? 2 * gate->poll_ns : POLL_FIRST_NS;
+        gate->poll_ns = longer < gate->poll_most_ns ? longer : gate->poll_most_ns;
+    }
+}
+
+uint32_t avmm_gate_sleep(avmm_gate_t *gate, uint64_t until, bool exact) {
+    uint64_t began = avmm_monotonic_ns(), poll_end = began + gate->poll_ns;
+    if (gate->poll_ns)
+        await_awake(gate, poll_end < until ? poll_end : until);
+    uint64_t asleep_until = exact ? until - gate->early_ns : until;
+    if (is_shut(gate) && avmm_monotonic_ns() < asleep_until) {
+        await_asleep(gate, asleep_until);
+        if (exact && is_shut(gate)) {
+            bool late = avmm_monotonic_ns() > until;
+            if (late && gate->early_ns < EARLY_MOST_NS)
+                gate->early_ns += EARLY_STEP_NS;
+            else if (!late && gate->early_ns)
+                gate->early_ns -= EARLY_STEP_NS;
+        }
+    }
+    if (exact)
+        await_awake(gate, until);
+    adapt_poll(gate, avmm_monotonic_ns() - began);
+    return atomic_exchange(&gate->state, AVMM_GATE_SHUT);
+}
