@@ -32,6 +32,18 @@ class IrqSink(Protocol):
         """The input is now ``level``. Called under the VM's lock, on any thread."""
         ...
 
+    def stir(self) -> None:
+        """The input is likely to rise very soon. Called as :meth:`irq_changed`."""
+        ...
+
+    def offer(self, intid: int) -> None:
+        """The vCPU may answer its next read of ICC_IAR1_EL1 with this by itself. Called as :meth:`irq_changed`."""
+        ...
+
+    def retract(self) -> bool:
+        """Take the offer back; True when the vCPU has taken it already. Called as :meth:`irq_changed`."""
+        ...
+
 
 class IrqChip(Protocol):
     """An interrupt controller: ours (GICv3) or the hypervisor's own."""
@@ -57,4 +69,12 @@ class IrqChip(Protocol):
 
     def write_sysreg(self, index: int, encoding: int, value: int) -> bool:
         """Write an ICC_* register; False when ``encoding`` is not one of ours."""
+        ...
+
+    def reset_cpu(self, index: int) -> None:
+        """vCPU ``index`` starts: its CPU interface gets its reset values. Any thread."""
+        ...
+
+    def settle(self, index: int) -> None:
+        """vCPU ``index`` has taken an offer (:meth:`IrqSink.offer`). Under the VM's lock."""
         ...

@@ -178,24 +178,38 @@ class VcpuTrack:
         """See :class:`avmm.vcpu.loop.Tracer`."""
         now = time.monotonic_ns
         inner = vcpu.run
+        frame = vcpu.frame
         slice = self._track.slice
         away = True  # on the event loop, between the last exit and this entry
 
         def run() -> int:
             nonlocal away
+            sleeping = frame.sleep
             start = now()
-            if self._exit is not None:
-                self._served(*self._exit, away or self._loop.parking.wakes != self._wakes, start)
-            else:
-                self._wakes = list(self._loop.parking.wakes)  # of a vCPU that was turned on
-            away = False
+            if not sleeping:
+                self._entering(away, start)
             kind = inner()
             end = now()
+            if sleeping and not frame.entered:
+                away = True
+                return kind
+            if sleeping:
+                start = frame.entered
+                with self._loop.parking.lock:  # who woke us may be at the books still
+                    self._entering(True, start)
+            away = False
             slice("guest", start, end)
             self._exit = end, kind, self._arguments(kind, vcpu)
             return kind
 
         return run
+
+    def _entering(self, away: bool, start: int) -> None:
+        """The guest is entered at ``start``; ``away``: after a sleep, or the thread was back at the event loop."""
+        if self._exit is not None:
+            self._served(*self._exit, away or self._loop.parking.wakes != self._wakes, start)
+        else:
+            self._wakes = list(self._loop.parking.wakes)  # of a vCPU that was turned on
 
     def _served(self, end: int, kind: int, args: str, waited: bool, start: int) -> None:
         """From an exit to the next entry; ``waited``: the vCPU slept, or its thread was back at the event loop."""

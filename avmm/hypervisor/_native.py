@@ -6,6 +6,8 @@ the same declarations, so what runs here on Linux is what runs on a Mac.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn, cast
 
 from avmm.errors import EngineError
@@ -45,14 +47,20 @@ class NativeVcpu:
         code = lib.hv_vcpu_create(handle, exits, ffi.NULL)
         if code:
             fail("hv_vcpu_create", code)
+        gate = lib.avmm_gate_new()
+        if gate == ffi.NULL:
+            lib.hv_vcpu_destroy(handle[0])
+            raise EngineError("avmm_gate_new failed: the host is out of memory")
+        self._gate = ffi.gc(gate, lib.avmm_gate_free)
         self._handles = handle  # also the one-element array hv_vcpus_exit asks for
         self._handle: int = handle[0]
         self._exit = exits[0]
+        #: See :class:`avmm.hypervisor.base.Vcpu`; without a call in between: an interrupt is on its way.
+        self.open_gate: Callable[[int], None] = partial(lib.avmm_gate_open, self._gate)
+        self.stir: Callable[[], None] = partial(lib.avmm_gate_stir, self._gate)
         self._run = lib.avmm_run
         self._frame = ffi.new("avmm_frame_t *")
-        self._frame.gate = self._gate = ffi.gc(lib.avmm_gate_new(), lib.avmm_gate_free)
-        if self._gate == ffi.NULL:
-            raise EngineError("avmm_gate_new failed: the host is out of memory")
+        self._frame.gate = self._gate
         self._cell = ffi.new("uint64_t *")
         self._closed = False
         self.frame: Frame = cast(Frame, self._frame)
@@ -67,10 +75,6 @@ class NativeVcpu:
         """Make :meth:`run` return CANCELED, now or at its next call. Any thread; nothing once closed."""
         if not self._closed:
             self._lib.hv_vcpus_exit(self._handles, 1)
-
-    def open_gate(self, enter: bool) -> None:
-        """End a sleep that :meth:`run` is in, or will be: ``enter`` the guest, or come out of run. Any thread."""
-        self._lib.avmm_gate_open(self._gate, 1 if enter else 2)
 
     def shut_gate(self) -> None:
         """Take it back that the gate was opened: the sleep had ended by itself."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
+from typing import Final, Protocol
 
 from avmm.memory import Region
 
@@ -38,6 +38,15 @@ class Finish(IntEnum):
     NONE = 0
     ADVANCE = 1
     RESULT = 2
+
+
+#: Of ``frame.offer``: an INTID that ICC_IAR1_EL1 may return without an exit, and one that it has returned.
+OFFERED: Final = 0x4000_0000
+TAKEN: Final = 0x8000_0000
+
+#: How :meth:`Vcpu.open_gate` ends a sleep.
+ENTER: Final = 1
+OUT: Final = 2
 
 
 class Frame(Protocol):
@@ -105,8 +114,12 @@ class Vcpu(Protocol):
         """Make :meth:`run` return CANCELED, now or at its next call. Any thread."""
         ...
 
-    def open_gate(self, enter: bool) -> None:
-        """End a sleep that :meth:`run` is in, or will be: ``enter`` the guest, or come out of run. Any thread."""
+    def open_gate(self, how: int) -> None:
+        """End a sleep that :meth:`run` is in, or will be: ENTER the guest, or come OUT of run. Any thread."""
+        ...
+
+    def stir(self) -> None:
+        """The gate may be opened very soon: who sleeps there wakes up in the meantime. Any thread."""
         ...
 
     def shut_gate(self) -> None:

@@ -88,6 +88,9 @@ void avmm_gate_free(avmm_gate_t *gate);
 void avmm_gate_open(avmm_gate_t *gate, uint32_t how);
 void avmm_gate_shut(avmm_gate_t *gate);
 
+/* It may be opened very soon: who sleeps there wakes up in the meantime. Any thread; changes nothing else. */
+void avmm_gate_stir(avmm_gate_t *gate);
+
 /* The longest busy wait before a sleep, in nanoseconds; 0: none. */
 void avmm_gate_set_poll(avmm_gate_t *gate, uint64_t most_ns);
 

@@ -1,12 +1,14 @@
 /*
  * The gate: where a vCPU that is parked sleeps, without the interpreter's lock. See avmm/vcpu/park.py for who opens it.
  *
- * Two waits are awake. Before it sleeps, a bounded poll that grows while wakes come soon and ends when they do not
- * (as KVM's halt_poll_ns): a wake that comes then costs no thread wake. And at the end of a sleep with an exact moment, the
- * rest of it: the sleep ends early by what a wake has been taking.
+ * Three waits are awake. Before it sleeps, a bounded poll that grows while wakes come soon and ends when they do not
+ * (as KVM's halt_poll_ns): a wake that comes then costs no thread wake. When it is stirred: whoever is about to open the gate
+ * says so first, and the thread wakes up while it is still being decided whether to open. And at the end of a sleep with an
+ * exact moment, the rest of it: the sleep ends early by what a wake has been taking.
  */
 #define _GNU_SOURCE
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -23,7 +25,8 @@ enum {
     POLL_FIRST_NS = 10000,   /* the first poll of a series */
     POLL_MOST_NS = 200000,   /* KVM's default; a wake within so many is soon */
     EARLY_STEP_NS = 4000,    /* steps of one size find the median, whatever the stragglers are */
-    EARLY_MOST_NS = 100000
+    EARLY_MOST_NS = 100000,
+    STIRRED_NS = 50000       /* so long it stays awake for the gate to be opened */
 };
 
 struct avmm_gate {
@@ -31,6 +34,7 @@ struct avmm_gate {
     pthread_cond_t opened;
     _Atomic uint32_t state; /* AVMM_GATE_* */
     bool waiting;           /* asleep in `opened` */
+    bool stirred;
     uint64_t poll_ns, poll_most_ns;
     uint64_t early_ns;
 };
@@ -104,6 +108,15 @@ void avmm_gate_open(avmm_gate_t *gate, uint32_t how) {
         pthread_cond_signal(&gate->opened);
 }
 
+void avmm_gate_stir(avmm_gate_t *gate) {
+    pthread_mutex_lock(&gate->lock);
+    bool waiting = gate->waiting;
+    gate->stirred = waiting; /* else it is awake, or will look at the gate before it sleeps */
+    pthread_mutex_unlock(&gate->lock);
+    if (waiting)
+        pthread_cond_signal(&gate->opened);
+}
+
 void avmm_gate_shut(avmm_gate_t *gate) { atomic_store(&gate->state, AVMM_GATE_SHUT); }
 
 static bool is_shut(avmm_gate_t *gate) {
@@ -116,12 +129,19 @@ static void await_awake(avmm_gate_t *gate, uint64_t until) {
 }
 
 static void await_asleep(avmm_gate_t *gate, uint64_t until) {
-    pthread_mutex_lock(&gate->lock);
-    gate->waiting = true;
-    while (is_shut(gate) && avmm_monotonic_ns() < until)
-        cond_wait_until(&gate->opened, &gate->lock, until);
-    gate->waiting = false;
-    pthread_mutex_unlock(&gate->lock);
+    uint64_t now = 0;
+    while (is_shut(gate) && (now = avmm_monotonic_ns()) < until) {
+        pthread_mutex_lock(&gate->lock);
+        gate->stirred = false;
+        gate->waiting = true;
+        while (is_shut(gate) && !gate->stirred && avmm_monotonic_ns() < until)
+            cond_wait_until(&gate->opened, &gate->lock, until);
+        gate->waiting = false;
+        bool stirred = gate->stirred;
+        pthread_mutex_unlock(&gate->lock);
+        for (uint64_t end = avmm_monotonic_ns() + STIRRED_NS; stirred && is_shut(gate) && avmm_monotonic_ns() < end;)
+            sched_yield(); /* whoever stirred us may have been on this very processor */
+    }
 }
 
 static void adapt_poll(avmm_gate_t *gate, uint64_t slept_ns) {

@@ -52,6 +52,7 @@ _MMIO_READ: Final = int(ExitKind.MMIO_READ)
 _MMIO_WRITE: Final = int(ExitKind.MMIO_WRITE)
 _CANCELED: Final = int(ExitKind.CANCELED)
 _WFE: Final = int(ExitKind.WFE)
+_RUNNING: Final = Mode.RUNNING
 _NONE: Final = int(Finish.NONE)
 _ADVANCE: Final = int(Finish.ADVANCE)
 _RESULT: Final = int(Finish.RESULT)
@@ -255,7 +256,7 @@ class VcpuLoop:
         with contextlib.suppress(EngineError):  # not every engine tells; then it is the timebase's
             self._clock.set_counter_frequency(vcpu.get_sysreg(sysregs.CNTFRQ_EL0))
         self._sctlr_at_reset = vcpu.get_sysreg(sysregs.SCTLR_EL1)
-        self.parking.kick = vcpu.kick
+        self.parking.vcpu = vcpu
 
     def _destroy(self) -> None:
         vcpu, self._vcpu = self._vcpu, None
@@ -299,9 +300,10 @@ class VcpuLoop:
         bus_read = self._bus.read
         bus_write = self._bus.write
         handlers = self._handlers
+        settle = self._irqchip.settle
         exits_by_kind = self.counters.exits
-        irq = frame.irq
         kind = _CANCELED  # nothing to serve yet
+        slept = False
         try:
             if self._offset != self._clock.offset:
                 self._set_offset(vcpu)
@@ -311,6 +313,19 @@ class VcpuLoop:
             while True:
                 event: Event | None = None
                 with lock:
+                    if slept:
+                        slept = False
+                        if frame.entered:
+                            parking.stats.entering(frame.entered)
+                            self._due = None
+                        else:
+                            parking.give_up(bool(frame.expired and frame.sleep_exact))
+                            if parking.mode is not _RUNNING:
+                                return Event.PARK
+                            self._slept(vcpu)
+                    if frame.acknowledged:
+                        frame.acknowledged = 0
+                        settle(self.index)
                     if self._vtimer_masked:
                         self._sync_vtimer(vcpu)
                     if kind == _MMIO_WRITE:
@@ -330,20 +345,19 @@ class VcpuLoop:
                     if event is None:
                         if parking.attention:
                             return Event.STOP if parking.attention & STOP else Event.PAUSE
-                        if parking.irq != irq:
-                            frame.irq = irq = parking.irq
+                        frame.irq = parking.irq
                         parking.called = False
                         parking.entered = True
                 if event is not None:
-                    if event is not Event.PARK or not parking.linger():
+                    if event is not Event.PARK:
                         return event
-                    with lock:
-                        self._slept(vcpu)
-                    kind = _CANCELED
-                    continue
+                    slept = True
+                    frame.irq = 0
+                    parking.lie_down(frame)
                 kind = run()
                 parking.entered = False
-                exits_by_kind[kind] += 1
+                if not slept or frame.entered:
+                    exits_by_kind[kind] += 1
         except AvmmError as error:
             self._error = error
             return Event.FAULT
@@ -367,6 +381,7 @@ class VcpuLoop:
         self._due = None
         if self._vtimer_masked:
             self._lower_vtimer(vcpu)
+        self._irqchip.reset_cpu(self.index)
 
     def _sync_vtimer(self, vcpu: Vcpu) -> None:
         """While masked: PPI 27 follows the timer's output, and the mask goes when the output is low.

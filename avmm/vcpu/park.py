@@ -5,20 +5,21 @@ controller, PSCI, pause, stop; any thread) have something for the vCPU, and the 
 
 ::
 
-              park()           linger()         wait()
+              park()           run()            wait()
     RUNNING ─────────► PARKED ──── at the gate ──── a future ──► RUNNING    by an interrupt, the deadline, or stop
        │                                                            ▲
        └─ turn_off() ─► OFF ─────────────────────── a future ───────┘       by PSCI CPU_ON, or stop
 
-A sleep begins on the vCPU's own thread, blocked at a *gate*: whoever has something for the vCPU opens it, and the
-thread is back after one wake. Only a sleep that turns out long (:data:`LINGER_NS`) goes to the event loop, where it is
-no more than a future that nobody has resolved yet and an entry among the timers; a wake from there takes two.
+A sleep begins on the vCPU's own thread, inside the engine's ``run``, at a *gate* that needs no interpreter (gate.c):
+whoever has an interrupt for the vCPU opens it, and the thread goes straight into the guest. Only a sleep that turns out
+long (:data:`LINGER_NS`) goes to the event loop, where it is no more than a future that nobody has resolved yet and an
+entry among the timers; a wake from there takes two.
 
 What makes it safe: every transition and every post happens under the VM's one lock. The vCPU thread looks for pending
 work and publishes PARKED in one critical section; a poster changes its condition and looks at the mode in one critical
 section. So either the vCPU sees the condition, or the poster sees PARKED. The same holds on the way into the guest with
-``entered``, which tells a poster that only a kick can reach the vCPU. The coroutine may come late: a wake that finds no
-future changes the mode, and :meth:`Parking.wait` returns at once.
+``entered``, which tells a poster that only a kick can reach the vCPU; who opens the gate into the guest sets it. The
+coroutine may come late: a wake that finds no future changes the mode, and :meth:`Parking.wait` returns at once.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Final, Protocol
 
+from avmm.hypervisor.base import ENTER, OFFERED, OUT, TAKEN, Frame
 from avmm.vcpu.stats import WakeStats
 
 
@@ -63,14 +65,6 @@ TRIP_NS: Final = 50_000
 #: of one through the loop; handing it over costs one wake more. At one a second that is too little to measure.
 LINGER_NS: Final = 1_000_000_000
 
-#: A timed sleep ends early by what a wake has been taking, found in steps of so many nanoseconds, at most so many; the
-#: thread then waits awake for the exact moment. Steps of one size find the median, whatever the stragglers are.
-_EARLY_STEP_NS: Final = 4_000
-_EARLY_MAX_NS: Final = 100_000
-
-#: What is left of such a wait, in nanoseconds, is too little to give the interpreter away and get it back.
-_HOLD_NS: Final = 20_000
-
 #: How often, in seconds, a vCPU that was called out of the guest is called again until it comes: kicks get lost.
 REKICK: Final = 0.01
 
@@ -87,6 +81,22 @@ class Timers(Protocol):
     def at(self, ns: int, callback: Callable[[], None]) -> Timer: ...
 
 
+class Sleeper(Protocol):
+    """The engine's vCPU, as far as its sleep goes: see :class:`avmm.hypervisor.base.Vcpu`."""
+
+    frame: Frame
+
+    def kick(self) -> None: ...
+
+    def open_gate(self, how: int) -> None: ...
+
+    def stir(self) -> None: ...
+
+    def shut_gate(self) -> None: ...
+
+    def withdraw(self) -> int: ...
+
+
 def _resolve(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
@@ -95,13 +105,13 @@ def _resolve(future: asyncio.Future[None]) -> None:
 class Parking:
     """Where one vCPU waits; its IRQ input (:class:`avmm.irq.IrqSink`) ends here.
 
-    ``lock`` is the VM's. ``kick`` makes the engine leave the guest; set it before the first entry. Made on the
-    thread of ``loop``, where :meth:`wait` runs.
+    ``lock`` is the VM's. ``vcpu`` is the engine's; set it before the first entry. Made on the thread of ``loop``,
+    where :meth:`wait` runs.
     """
 
     __slots__ = (
-        "_early_ns", "_future", "_gate", "_loop", "_loop_thread", "_timer", "_timers", "_watch",
-        "attention", "called", "deadline", "entered", "irq", "kick", "lingering", "lock", "mode", "on_irq", "stats",
+        "_future", "_loop", "_loop_thread", "_timer", "_timers", "_watch",
+        "attention", "called", "deadline", "entered", "irq", "lingering", "lock", "mode", "on_irq", "stats", "vcpu",
         "wakes", "watched",
     )  # fmt: skip
 
@@ -115,7 +125,7 @@ class Parking:
         self.called = False  # kicked since it entered
         self.deadline: int | None = None  # of the latest park: nanoseconds of the monotonic clock
         self.lingering = False  # parked, the thread at the gate or on its way there
-        self.kick: Callable[[], None] = lambda: None
+        self.vcpu: Sleeper | None = None
         self.wakes = [0] * len(Cause)
         self.stats = WakeStats()
         self.on_irq: Callable[[bool], None] | None = None  # a tracer that wants to know the IRQ input's level
@@ -125,9 +135,6 @@ class Parking:
         self._timer: Timer | None = None  # ends the coroutine's wait
         self._future: asyncio.Future[None] | None = None
         self._watch: asyncio.TimerHandle | None = None  # looks whether who was called has come
-        self._early_ns = 0
-        self._gate = threading.Lock()  # closed while taken
-        self._gate.acquire()
 
     # The vCPU thread; the lock is held.
 
@@ -144,39 +151,27 @@ class Parking:
         self.lingering = True
         return True
 
+    def lie_down(self, frame: Frame) -> None:
+        """After :meth:`park`: the next ``run`` is to sleep first, at the gate."""
+        linger = time.monotonic_ns() + LINGER_NS
+        deadline = self.deadline
+        if deadline is not None and deadline <= linger:
+            frame.sleep_until, frame.sleep_exact = deadline, 1
+        else:
+            frame.sleep_until, frame.sleep_exact = linger, 0
+        frame.sleep = 1
+
     def turn_off(self) -> None:
         """CPU_OFF: only :meth:`power_on` or a stop ends this sleep."""
         self.deadline = None
         self.mode = Mode.OFF
 
-    # The vCPU thread, without the lock.
-
-    def linger(self) -> bool:
-        """After :meth:`park`: sleep at the gate. True when the vCPU is to run on, False when it is the loop's turn."""
-        now = time.monotonic_ns()
-        deadline = self.deadline
-        until = now + LINGER_NS if deadline is None else min(deadline, now + LINGER_NS)
-        timed = until == deadline
-        if not self._gate.acquire(timeout=max(until - now - self._early_ns * timed, 0) / 1e9):
-            if timed:
-                self._await_moment(until)
-            with self.lock:
-                self.give_up(timed)
-        return self.mode is Mode.RUNNING
-
-    def _await_moment(self, until: int) -> None:
-        now = time.monotonic_ns()
-        step = _EARLY_STEP_NS if now > until else -_EARLY_STEP_NS
-        self._early_ns = min(max(self._early_ns + step, 0), _EARLY_MAX_NS)
-        while now < until and self.lingering:
-            if until - now > _HOLD_NS:
-                time.sleep(0)
-            now = time.monotonic_ns()
-
     def give_up(self, expired: bool) -> None:
-        """The wait at the gate ended and nobody had opened it; ``expired``: so did the sleep. The lock is held."""
+        """``run`` slept and came out again; ``expired``: nobody had opened the gate, and the deadline has come."""
+        self.entered = False  # somebody may have thought so
         if not self.lingering:
-            self._gate.acquire()  # it was opened before we had the lock
+            assert self.vcpu is not None
+            self.vcpu.shut_gate()  # it may have been opened before we had the lock
             return
         self.lingering = False
         if expired:
@@ -195,6 +190,27 @@ class Parking:
             elif self.entered:
                 self._call()
 
+    def stir(self) -> None:
+        """See :class:`avmm.irq.IrqSink`."""
+        if self.lingering and self.vcpu is not None:
+            self.vcpu.stir()
+
+    def offer(self, intid: int) -> None:
+        """See :class:`avmm.irq.IrqSink`."""
+        if self.vcpu is not None:
+            self.vcpu.frame.offer = OFFERED | intid
+
+    def retract(self) -> bool:
+        """See :class:`avmm.irq.IrqSink`."""
+        vcpu = self.vcpu
+        if vcpu is None:
+            return False
+        if self.entered:
+            return vcpu.withdraw() & TAKEN != 0
+        # Nobody else can be at it: the thread is outside the guest and stays there while we hold the lock.
+        offer, vcpu.frame.offer = vcpu.frame.offer, 0
+        return offer & TAKEN != 0
+
     def power_on(self) -> None:
         """PSCI turned this vCPU on."""
         with self.lock:
@@ -210,7 +226,7 @@ class Parking:
             elif attention & STOP and self.mode in (Mode.PARKED, Mode.OFF):
                 self._wake(Cause.STOP)
             elif self.lingering:
-                self._open_gate()
+                self._open_gate(OUT)
 
     def withdraw(self, attention: int) -> None:
         """Take a request back."""
@@ -239,12 +255,16 @@ class Parking:
                 self._watch.cancel()
 
     def _wake(self, cause: Cause) -> None:
+        now = time.monotonic_ns()
         self.mode = Mode.RUNNING
+        if self.lingering:  # the sleeper first, the books later: it cannot overtake us, who hold the lock
+            self._open_gate(ENTER if cause is Cause.IRQ else OUT)
+        else:
+            self._resolve_future()
         self.wakes[cause] += 1
-        self.stats.wake(self.deadline if cause is Cause.TIMER else None)
-        if self.lingering:
-            self._open_gate()
-            return
+        self.stats.wake(now, self.deadline if cause is Cause.TIMER else None)
+
+    def _resolve_future(self) -> None:
         future, self._future = self._future, None
         if future is None:
             return  # the coroutine is still on its way to wait(), which will look at the mode
@@ -256,13 +276,17 @@ class Parking:
     def _call(self) -> None:
         """Kick, and see to it that the kick is repeated should it be lost. One watch serves all kicks meanwhile."""
         self.called = True
-        self.kick()
+        self._kick()
         if not self.watched:
             self.watched = True
             if threading.get_ident() == self._loop_thread:
                 self._watch_later()
             else:
                 self._loop.call_soon_threadsafe(self._watch_later)
+
+    def _kick(self) -> None:
+        assert self.vcpu is not None
+        self.vcpu.kick()
 
     def _watch_later(self) -> None:
         self._watch = self._loop.call_later(REKICK, self.look_after)
@@ -272,12 +296,16 @@ class Parking:
         with self.lock:
             self.watched = self.entered and self.called
             if self.watched:
-                self.kick()
+                self._kick()
                 self._watch_later()
 
-    def _open_gate(self) -> None:
+    def _open_gate(self, how: int) -> None:
+        assert self.vcpu is not None
         self.lingering = False
-        self._gate.release()
+        if how == ENTER:
+            self.entered = True
+            self.called = False
+        self.vcpu.open_gate(how)
 
     # The coroutine, on the loop.
 

@@ -40,21 +40,22 @@ class WakeStats:
         """A sleep in WFI begins now."""
         self._parked_at = time.monotonic_ns()
 
-    def wake(self, deadline: int | None) -> None:
-        """A sleep ends now; ``deadline``: by the timer, which was set to this."""
-        self.woken = time.monotonic_ns()
+    def wake(self, now: int, deadline: int | None) -> None:
+        """A sleep ends at ``now``, in nanoseconds of the monotonic clock; ``deadline``: by the timer, set to this."""
+        self.woken = now
         if self._parked_at:
             self._parked_ns += self.woken - self._parked_at
             self._parked_at = 0
         self._deadline = deadline
         self._waking = True
 
-    def entering(self) -> None:
-        """The vCPU is about to enter the guest."""
+    def entering(self, now: int | None = None) -> None:
+        """The vCPU is about to enter the guest, or did so at ``now``, in nanoseconds of the monotonic clock."""
         if not self._waking:
             return
         self._waking = False
-        now = time.monotonic_ns()
+        if now is None:
+            now = time.monotonic_ns()
         latency = now - self.woken
         self.latency[_bucket(latency)] += 1
         self.latency_ns += latency

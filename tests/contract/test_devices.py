@@ -50,6 +50,13 @@ class Line:
     def irq_changed(self, level: bool) -> None:
         self.set(level)
 
+    def stir(self) -> None: ...
+
+    def offer(self, intid: int) -> None: ...
+
+    def retract(self) -> bool:
+        return False
+
 
 class Terminal:
     async def read(self, limit: int) -> bytes:

@@ -7,12 +7,13 @@ VMM delivered when the generator is resumed.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
 from avmm.clock import Clock
-from avmm.hypervisor.base import Capabilities, ExitKind, Finish, Frame, Reg, Vcpu
+from avmm.hypervisor.base import ENTER, Capabilities, ExitKind, Finish, Frame, Reg, Vcpu
 from avmm.irq import IrqLine, IrqSink
 from avmm.memory import Region
 from avmm.vcpu import sysregs
@@ -41,6 +42,13 @@ class FakeFrame:
     virtual_address: int = 0
     vtimer_ctl: int = 0
     vtimer_cval: int = 0
+    sleep: int = 0
+    sleep_exact: int = 0
+    sleep_until: int = 0
+    expired: int = 0
+    entered: int = 0
+    offer: int = 0
+    acknowledged: int = 0
     args: list[int] = field(default_factory=lambda: [0] * 8)
 
 
@@ -82,6 +90,8 @@ class FakeVcpu:
         self.in_guest = threading.Event()  # set while it computes
         self._clock = clock
         self._kicked = threading.Event()
+        self._gate = threading.Condition()
+        self._gate_open = 0
         self._guest = guest(self)
 
     def _check_thread(self) -> None:
@@ -93,10 +103,37 @@ class FakeVcpu:
         cval = self.sysregs.get(sysregs.CNTV_CVAL_EL0, 0)
         return ctl & 3 == 1 and self._clock.guest_now() >= cval
 
+    def open_gate(self, how: int) -> None:
+        with self._gate:
+            self._gate_open = how
+            self._gate.notify()
+
+    def stir(self) -> None: ...
+
+    def shut_gate(self) -> None:
+        self._gate_open = 0
+
+    def withdraw(self) -> int:
+        raise NotImplementedError
+
+    def _sleep(self) -> bool:
+        frame = self._frame
+        frame.sleep = 0
+        with self._gate:
+            while not self._gate_open and (left := frame.sleep_until - time.monotonic_ns()) > 0:
+                self._gate.wait(left / 1e9)
+            how, self._gate_open = self._gate_open, 0
+        frame.expired = how == 0
+        frame.entered = time.monotonic_ns() if how == ENTER else 0
+        frame.irq |= how == ENTER
+        return how == ENTER
+
     def run(self) -> int:
         self._check_thread()
-        self.entries += 1
         frame = self._frame
+        if frame.sleep and not self._sleep():
+            return ExitKind.CANCELED
+        self.entries += 1
         self.finished.append(frame.finish)
         frame.finish = Finish.NONE
         if frame.mask_vtimer:
@@ -238,6 +275,7 @@ class FakeChip:
         self.lines: dict[tuple[int, int], _Line] = {}
         self.disabled: set[int] = set()
         self.written: list[tuple[int, int, int]] = []
+        self.resets: list[int] = []
 
     def connect(self, index: int, mpidr: int, sink: IrqSink) -> None:
         self._sinks[index] = sink
@@ -263,6 +301,12 @@ class FakeChip:
 
     def read_sysreg(self, index: int, encoding: int) -> int | None:
         return min(self._up[index], default=1023) if encoding == self.ACK else None
+
+    def reset_cpu(self, index: int) -> None:
+        self.resets.append(index)
+
+    def settle(self, index: int) -> None:
+        raise NotImplementedError
 
     def write_sysreg(self, index: int, encoding: int, value: int) -> bool:
         self.written.append((index, encoding, value))

@@ -123,8 +123,18 @@ typedef struct hv_vcpu_config_s *hv_vcpu_config_t;
 """
 
 
+MACOS = """
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <time.h>
+#define CLOCK_UPTIME_RAW 8
+unsigned long long clock_gettime_nsec_np(clockid_t clock);
+int pthread_cond_timedwait_relative_np(pthread_cond_t *cond, pthread_mutex_t *lock, const struct timespec *relative);
+"""
+
+
 @pytest.mark.skipif(CLANG is None, reason="needs clang, which knows enumerations of a fixed size as Apple's headers do")
-def test_both_files_of_the_build_compile_with_apple_s_types(tmp_path: Path) -> None:
+def test_all_files_of_the_build_compile_with_apple_s_types(tmp_path: Path) -> None:
     assert CLANG is not None
     source = ROOT / "avmm" / "hypervisor"
     functions = (source / "hv.h").read_text()
@@ -132,6 +142,8 @@ def test_both_files_of_the_build_compile_with_apple_s_types(tmp_path: Path) -> N
     header = tmp_path / "Hypervisor" / "Hypervisor.h"
     header.parent.mkdir()
     header.write_text(APPLE_TYPES + functions[functions.index("hv_return_t hv_vm_create") :] + simd)
+    macos = tmp_path / "macos.h"
+    macos.write_text(MACOS)
     build = run_path(str(source / "_build.py"))
     module = tmp_path / "_framework.c"
     build["framework"]().emit_c_code(str(module))
@@ -139,7 +151,8 @@ def test_both_files_of_the_build_compile_with_apple_s_types(tmp_path: Path) -> N
         CLANG, "-std=c11", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror", "-fsyntax-only",
         "-I", tmp_path, "-I", source, "-I", sysconfig.get_path("include"),
     ]  # fmt: skip
-    runs: list[list[str | Path]] = [[module], ["-D__APPLE__", source / "frame.c"]]
+    apple: list[str | Path] = ["-D__APPLE__", "-include", macos]
+    runs: list[list[str | Path]] = [[module], [*apple, source / "frame.c"], [*apple, source / "gate.c"]]
     for options in runs:
         done = subprocess.run([*check, *options], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr

@@ -40,11 +40,30 @@ IRM = 1 << 31
 class Sink:
     level: bool = False
     changes: list[bool] = field(default_factory=list)
+    offered: int | None = None
+    taken: bool = False
 
     def irq_changed(self, level: bool) -> None:
         assert level is not self.level
         self.level = level
         self.changes.append(level)
+
+    def stir(self) -> None: ...
+
+    def offer(self, intid: int) -> None:
+        self.offered = intid
+
+    def retract(self) -> bool:
+        taken, self.offered, self.taken = self.taken, None, False
+        return taken
+
+    def take(self) -> int | None:
+        """ICC_IAR1_EL1 is read: the answer, where one is on offer."""
+        if self.offered is None:
+            return None
+        self.taken = True
+        intid, self.offered = self.offered, None
+        return intid
 
 
 class Machine:

@@ -47,10 +47,29 @@ MASKS = {GICD + 4: 0x0500_041F, UART + 0x18: 0xFFF8, GICR: 0, GICR + GICR_STRIDE
 
 class Sink:
     level = False
+    offered: int | None = None
+    taken = False
 
     def irq_changed(self, level: bool) -> None:
         assert level is not self.level
         self.level = level
+
+    def stir(self) -> None: ...
+
+    def offer(self, intid: int) -> None:
+        self.offered = intid
+
+    def retract(self) -> bool:
+        taken, self.offered, self.taken = self.taken, None, False
+        return taken
+
+    def take(self) -> int | None:
+        """ICC_IAR1_EL1 is read: the answer, where one is on offer."""
+        if self.offered is None:
+            return None
+        self.taken = True
+        intid, self.offered = self.offered, None
+        return intid
 
 
 class Quiet:
@@ -113,7 +132,10 @@ class Script:
         device.write(offset, size, value)
 
     def mrs(self, encoding: int) -> int:
-        value = self.gic.read_sysreg(0, encoding)
+        # As the engine does it: what is on offer is taken, and the model hears of it later.
+        value = self.sink.take() if encoding == IAR[1] else None
+        if value is None:
+            value = self.gic.read_sysreg(0, encoding)
         assert value is not None
         self.code.append(0xD5200000 | encoding << 5)
         self._result(f"S{encoding:#x}", -1, value)
@@ -127,6 +149,7 @@ class Script:
 
     def irq(self) -> None:
         """Compare the IRQ input of the CPU."""
+        self.gic.settle(0)
         self.code.append(0xD5200000 | ISR << 5)
         self._result("ISR_EL1.I", 0x80, 0x80 if self.sink.level else 0)
 

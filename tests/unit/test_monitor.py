@@ -172,7 +172,7 @@ def test_histogram_buckets_are_powers_of_two(monkeypatch: pytest.MonkeyPatch) ->
     stats = WakeStats()
     for latency, bucket in ((0, 0), (1, 1), (2, 2), (3, 2), (4, 3), (1023, 10), (1024, 11), (1 << 60, BUCKETS - 1)):
         now = 10**6
-        stats.wake(None)
+        stats.wake(now, None)
         now += latency
         before = stats.latency[bucket]
         stats.entering()
@@ -185,7 +185,7 @@ def test_histogram_buckets_are_powers_of_two(monkeypatch: pytest.MonkeyPatch) ->
     stats.park()
     now += 7
     assert stats.parked_ns == 7
-    stats.wake(10**9 - 5)
+    stats.wake(now, 10**9 - 5)
     now += 1
     assert stats.parked_ns == 7
     now -= 8

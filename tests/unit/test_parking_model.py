@@ -16,7 +16,10 @@ from typing import Any, cast
 
 import pytest
 
+from avmm.hypervisor.base import ENTER, OUT
 from avmm.vcpu.park import PAUSE, STOP, Cause, Mode, Parking
+
+SHUT = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +33,10 @@ class State:
     watched: bool = False
     deadline: int | None = None
     lingering: bool = False
-    gate: bool = False  # open
+    gate: int = SHUT  # SHUT, ENTER or OUT
     attached: bool = False  # it holds the future that the coroutine awaits
     # The engine and the guest.
-    thread: str = "idle"  # idle | serve | guest | left | linger | late | through
+    thread: str = "idle"  # idle | serve | guest | left | asleep | awake | late
     exit: str = ""  # what is served next: "" | wfi | wfi-timer | ack | off
     delivered: bool = False  # the IRQ level the guest sees
     kicked: bool = False  # the engine's sticky kick
@@ -80,19 +83,6 @@ class _Loop:
         assert callback == self.world.parking.look_after
 
 
-class _Gate:
-    def __init__(self, world: World) -> None:
-        self.world = world
-
-    def acquire(self) -> None:
-        assert self.world.gate, "would block"
-        self.world.gate = False
-
-    def release(self) -> None:
-        assert not self.world.gate, "opened twice"
-        self.world.gate = True
-
-
 class World:
     """One state, thawed: a real Parking, and the rest as attributes."""
 
@@ -113,11 +103,21 @@ class World:
         parking.watched = state.watched
         parking.deadline = state.deadline
         parking.lingering = state.lingering
-        parking._gate = cast(threading.Lock, _Gate(self))
         parking._future = cast("asyncio.Future[None]", _Future(self)) if state.attached else None
-        parking.kick = self._kick
+        parking.vcpu = cast(Any, self)
 
-    def _kick(self) -> None:
+    # The engine's vCPU.
+
+    def open_gate(self, how: int) -> None:
+        assert self.gate == SHUT, "opened twice"
+        self.gate = how
+
+    def stir(self) -> None: ...
+
+    def shut_gate(self) -> None:
+        self.gate = SHUT
+
+    def kick(self) -> None:
         if self.before.inside or not self.forgetful:
             self.kicked = True
 
@@ -154,7 +154,7 @@ def successors(state: State, protocol: type[Parking], forgetful: bool) -> Iterat
         parking = world.parking
         changes: dict[str, Any] = {"exit": "", "on_pending": False, "off": state.off and not state.on_pending}
         if state.exit.startswith("wfi") and parking.park(9 if state.exit == "wfi-timer" else None):
-            yield "serve: park", world.freeze(thread="linger", **changes)
+            yield "serve: park", world.freeze(thread="asleep", **changes)
         elif state.exit == "off":
             parking.turn_off()
             yield "serve: off", world.freeze(thread="idle", **changes | {"off": True})
@@ -179,18 +179,19 @@ def successors(state: State, protocol: type[Parking], forgetful: bool) -> Iterat
             yield "guest: WFI, timer set", replace(state, thread="left", exit="wfi-timer", inside=False)
             if state.offs:
                 yield "guest: CPU_OFF", replace(state, thread="left", exit="off", offs=state.offs - 1, inside=False)
-    elif state.thread == "linger":
-        if state.gate:
-            yield "gate: open", replace(state, gate=False, thread="through")
+    elif state.thread == "asleep":
+        if state.gate == ENTER:
+            yield "gate: to the guest", replace(state, gate=SHUT, thread="guest", delivered=True)
+        elif state.gate == OUT:
+            yield "gate: out", replace(state, gate=SHUT, thread="awake")
         else:
             yield "gate: too late", replace(state, thread="late")
-    elif state.thread == "late":
-        for expired in (False, True) if state.deadline is not None else (False,):
+    elif state.thread in ("awake", "late"):
+        for expired in (False, True) if state.thread == "late" and state.deadline is not None else (False,):
             world = thaw()
             world.parking.give_up(expired)
-            yield f"late: {'expired' if expired else 'hands over'}", world.freeze(thread="through")
-    elif state.thread == "through":
-        yield "through", replace(state, thread="serve" if state.mode is Mode.RUNNING else "idle")
+            runs = world.parking.mode is Mode.RUNNING
+            yield f"gives up, expired: {expired}", world.freeze(thread="serve" if runs else "idle")
     elif state.thread == "left":
         world = thaw()
         world.parking.entered = False
@@ -270,10 +271,12 @@ def flaw(state: State, forgetful: bool) -> str:
         return "off though turned on"
     if state.mode is not Mode.RUNNING and state.thread in ("serve", "guest", "left"):
         return "asleep while its thread runs"
-    if state.thread in ("linger", "late") and not state.gate and (state.mode is Mode.RUNNING or state.attention):
+    if state.thread in ("asleep", "late") and not state.gate and (state.mode is Mode.RUNNING or state.attention):
         return "called, but the gate stays shut"
-    if state.gate and state.thread not in ("linger", "late"):
+    if state.gate and state.thread not in ("asleep", "late"):
         return "the gate is left open"
+    if state.gate == ENTER and state.thread == "asleep" and not state.entered:
+        return "let into the guest, and nobody knows"
     if state.coroutine == "await" and state.mode is Mode.RUNNING and not (state.resolved or state.queued):
         return "woken, but its future never resolves"
     if state.coroutine == "await" and state.attention & STOP and not (state.resolved or state.queued):
@@ -379,7 +382,7 @@ class StopsOnlyRunning(Parking):
     def request(self, attention: int) -> None:
         self.attention |= attention
         if self.entered:
-            self.kick()
+            self._kick()
 
 
 class StaysOff(Parking):
@@ -393,7 +396,7 @@ class StaysOff(Parking):
 class ShutsTheGate(Parking):
     """Wakes who lingers without opening the gate."""
 
-    def _open_gate(self) -> None:
+    def _open_gate(self, how: int) -> None:
         self.lingering = False
 
 
@@ -403,7 +406,7 @@ class PausesOnlyRunning(Parking):
     def request(self, attention: int) -> None:
         self.attention |= attention
         if self.entered:
-            self.kick()
+            self._kick()
         elif attention & STOP and self.mode in (Mode.PARKED, Mode.OFF):
             self._wake(Cause.STOP)
 
@@ -417,12 +420,27 @@ class LeavesTheGateOpen(Parking):
             self.mode = Mode.RUNNING
 
 
+class LetsInUnseen(Parking):
+    """Opens the gate into the guest without saying that somebody is in there."""
+
+    def _open_gate(self, how: int) -> None:
+        super()._open_gate(how)
+        self.entered = False
+
+
+class LetsPausedOnesIn(Parking):
+    """Whatever it is called for, a sleeper goes straight into the guest."""
+
+    def _open_gate(self, how: int) -> None:
+        super()._open_gate(ENTER)
+
+
 class KicksOnce(Parking):
     """Trusts that every kick arrives."""
 
     def _call(self) -> None:
         self.called = True
-        self.kick()
+        self._kick()
 
 
 class ForgetsTheFuture(Parking):
@@ -446,6 +464,8 @@ class ForgetsTheFuture(Parking):
         ShutsTheGate,
         PausesOnlyRunning,
         LeavesTheGateOpen,
+        LetsInUnseen,
+        LetsPausedOnesIn,
     ],
 )
 def test_search_notices(broken: type[Parking]) -> None:

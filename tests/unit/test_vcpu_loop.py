@@ -514,6 +514,7 @@ async def test_cpu_on_off_on(machine: Make) -> None:
     assert await other == Outcome(Event.STOP, 1)
     assert m.hypervisor.vcpus[1].finished == [0, 0]
     assert m.vcpus[1].parking.wakes[Cause.POWER] == 2
+    assert m.chip.resets == [0, 1, 1]
 
 
 @on_both_loops

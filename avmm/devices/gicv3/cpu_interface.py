@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from avmm.devices.gicv3.interrupts import GROUP0, GROUP1, MIN_BPR0, MIN_BPR1, PRIORITY_MASK, PRIVATE, SPURIOUS, Cpu
+from avmm.devices.gicv3.interrupts import GROUP0, GROUP1, MIN_BPR0, MIN_BPR1, PRIORITY_MASK, SPURIOUS, Cpu
 
 if TYPE_CHECKING:
     from avmm.devices.gicv3.gic import Gicv3
@@ -87,19 +87,14 @@ class CpuInterfaces:
 
     @staticmethod
     def _acknowledge1(cpu: Cpu) -> int:
-        if not cpu.irq:  # the output is up exactly when a group 1 interrupt may be taken
-            return SPURIOUS
-        group_priority = cpu.priority & cpu.mask1
-        cpu.ap1 |= 1 << (group_priority >> 3)
-        return _activate(cpu, group_priority)
+        return cpu.acknowledge1() if cpu.irq else SPURIOUS
 
     @staticmethod
     def _acknowledge0(cpu: Cpu) -> int:
         group_priority = cpu.priority & cpu.mask0
         if cpu.highest_group() != GROUP0 or cpu.priority >= cpu.pmr or group_priority >= cpu.running:
             return SPURIOUS
-        cpu.ap0 |= 1 << (group_priority >> 3)
-        return _activate(cpu, group_priority)
+        return cpu.acknowledge0()
 
     def _end1(self, cpu: Cpu, value: int) -> None:
         intid = value & 0xFFFFFF
@@ -148,6 +143,9 @@ class CpuInterfaces:
                 if target is not None:
                     targets.append(target)
         for cpu in targets:
+            if cpu.sink is not None:
+                cpu.sink.stir()
+            cpu.settle()
             bank = cpu.private
             # 4.8.7: the register's group must be the one the target has configured for this SGI.
             if (GROUP1 if bank.group & bit else GROUP0) == group:
@@ -193,20 +191,8 @@ class CpuInterfaces:
         cpu.evaluate()
 
     def _write_enable(self, cpu: Cpu, group: int, enable: int) -> None:
+        self._gic.settle_all()
         cpu.enables = cpu.enables | group if enable else cpu.enables & ~group
         cpu.groups = cpu.enables & self._gic.enables
         self._gic.participation_changed()
         cpu.evaluate()
-
-
-def _activate(cpu: Cpu, group_priority: int) -> int:
-    """Pending to active. A level-sensitive interrupt stays pending underneath while its line is high."""
-    intid = cpu.highest
-    bit = 1 << intid
-    bank = cpu.private if intid < PRIVATE else cpu.shared
-    bank.active |= bit
-    bank.latch &= ~bit
-    bank.ready &= ~bit
-    cpu.running = group_priority
-    cpu.evaluate()
-    return intid

@@ -99,6 +99,7 @@ class Gicv3:
     def connect(self, index: int, mpidr: int, sink: IrqSink) -> None:
         """Attach vCPU ``index`` whose MPIDR_EL1 is ``mpidr``. Before the VM runs."""
         with self.lock:
+            self.settle_all()
             cpu = self.cpus[index]
             affinity = mpidr >> 8 & 0xFF000000 | mpidr & 0xFFFFFF
             if self.by_affinity.get(affinity, cpu) is not cpu:
@@ -126,15 +127,31 @@ class Gicv3:
     def read_sysreg(self, index: int, encoding: int) -> int | None:
         """An ICC_* register of vCPU ``index``; None where the access is UNDEFINED."""
         reader = self._readers.get(encoding)
-        return None if reader is None else reader(self.cpus[index])
+        if reader is None:
+            return None
+        cpu = self.cpus[index]
+        cpu.settle()
+        return reader(cpu)
 
     def write_sysreg(self, index: int, encoding: int, value: int) -> bool:
         """Write an ICC_* register; False where the access is UNDEFINED."""
         writer = self._writers.get(encoding)
         if writer is None:
             return False
-        writer(self.cpus[index], value)
+        cpu = self.cpus[index]
+        cpu.settle()
+        writer(cpu, value)
         return True
+
+    def settle(self, index: int) -> None:
+        """See whether vCPU ``index`` has acknowledged what was offered to it."""
+        self.cpus[index].settle()
+
+    def settle_all(self) -> None:
+        """The same of every vCPU."""
+        for cpu in self.cpus:
+            if cpu.offered:
+                cpu.settle()
 
     def deactivate(self, cpu: Cpu, intid: int) -> None:
         """Active to inactive; ``cpu`` is the one that asks and is evaluated by the caller."""
@@ -187,6 +204,7 @@ class Gicv3:
     def reset(self) -> None:
         """Everything to its reset value. Input lines keep their levels: they belong to the devices."""
         with self.lock:
+            self.settle_all()
             self.enables = 0
             self.shared.reset()
             self.router[:] = [0] * self.intids
@@ -200,6 +218,7 @@ class Gicv3:
     def reset_cpu(self, index: int) -> None:
         """The CPU interface of one vCPU to its reset values, as when PSCI turns it on."""
         with self.lock:
+            self.settle_all()
             cpu = self.cpus[index]
             cpu.reset_interface()
             self.participation_changed()
@@ -208,6 +227,7 @@ class Gicv3:
     def save(self) -> GicState:
         """All state, for a snapshot."""
         with self.lock:
+            self.settle_all()
             cpus = tuple(_save_cpu(cpu) for cpu in self.cpus)
             return GicState(_STATE_VERSION, self.enables, _save_bank(self.shared), tuple(self.router), cpus)
 
@@ -218,6 +238,7 @@ class Gicv3:
         if len(state.router) != self.intids or [c.affinity for c in state.cpus] != [c.affinity for c in self.cpus]:
             raise ValueError("the GIC state is of a machine with other vCPUs or interrupts")
         with self.lock:
+            self.settle_all()
             self.enables = state.enables
             _restore_bank(self.shared, state.shared)
             self.router[:] = state.router
@@ -251,17 +272,25 @@ class Line:
 
     def set(self, level: bool) -> None:
         """Drive the line."""
-        with self._lock:
+        with self._lock:  # every interrupt's way: few calls
             bank = self._bank
             bit = self._bit
             if bool(bank.line & bit) is level:
                 return
+            cpu = self._cpu or self._gic.targets[self._intid]
+            if cpu is not None:
+                if level and bank.enabled & bit and cpu.sink is not None:
+                    cpu.sink.stir()  # waking takes as long as finding out what for
+                if cpu.offered:
+                    cpu.settle()
             bank.line ^= bit
             if bank.edge & bit:
                 if not level:
                     return
                 bank.latch |= bit
-            self._changed()
+            bank.refresh()
+            if cpu is not None:
+                cpu.evaluate()
 
     def pulse(self) -> None:
         """Raise and lower the line."""
@@ -272,15 +301,14 @@ class Line:
     def restore(self, level: bool) -> None:
         """Put a saved level back without making an edge."""
         with self._lock:
+            cpu = self._cpu or self._gic.targets[self._intid]
+            if cpu is not None:
+                cpu.settle()
             bank = self._bank
             bank.line = bank.line | self._bit if level else bank.line & ~self._bit
-            self._changed()
-
-    def _changed(self) -> None:
-        self._bank.refresh()
-        cpu = self._cpu or self._gic.targets[self._intid]
-        if cpu is not None:
-            cpu.evaluate()
+            bank.refresh()
+            if cpu is not None:
+                cpu.evaluate()
 
 
 def _save_bank(bank: Bank) -> BankState:

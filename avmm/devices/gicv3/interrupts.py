@@ -68,7 +68,8 @@ class Cpu:
 
     __slots__ = (
         "affinity", "ap0", "ap1", "asleep", "bpr0", "bpr1", "cbpr", "enables", "eoi_split", "groups", "highest",
-        "index", "irq", "mask0", "mask1", "pmr", "priority", "private", "routes", "running", "shared", "sink",
+        "index", "irq", "mask0", "mask1", "offered", "pmr", "priority", "private", "routes", "running", "shared",
+        "sink",
     )  # fmt: skip
 
     def __init__(self, index: int, affinity: int, shared: Bank) -> None:
@@ -79,6 +80,7 @@ class Cpu:
         self.sink: IrqSink | None = None
         self.routes = 0
         self.irq = False
+        self.offered = False  # the sink may answer ICC_IAR1_EL1 by itself
         self.reset_interface()
         self.asleep = True
 
@@ -100,8 +102,44 @@ class Cpu:
         active = self.ap0 | self.ap1
         self.running = ((active & -active).bit_length() - 1) << 3 if active else IDLE_PRIORITY
 
+    def settle(self) -> None:
+        """See whether the guest has acknowledged what was offered to it.
+
+        Before anything that has to do with it changes: an edge after an acknowledge is another interrupt.
+        """
+        if self.offered:
+            self.offered = False
+            if self.sink is not None and self.sink.retract():
+                self.acknowledge1()
+
+    def acknowledge0(self) -> int:
+        """Group 0's highest priority pending interrupt becomes active; its INTID."""
+        group_priority = self.priority & self.mask0
+        self.ap0 |= 1 << (group_priority >> 3)
+        return self._activate(group_priority)
+
+    def acknowledge1(self) -> int:
+        """The interrupt that the IRQ output is up for becomes active; its INTID."""
+        group_priority = self.priority & self.mask1
+        self.ap1 |= 1 << (group_priority >> 3)
+        return self._activate(group_priority)
+
+    def _activate(self, group_priority: int) -> int:
+        # A level-sensitive interrupt stays pending underneath while its line is high.
+        intid = self.highest
+        bit = 1 << intid
+        bank = self.private if intid < PRIVATE else self.shared
+        bank.active |= bit
+        bank.latch &= ~bit
+        bank.ready &= ~bit
+        self.running = group_priority
+        self.evaluate()
+        return intid
+
     def evaluate(self) -> None:
         """Find the highest priority pending interrupt and drive the IRQ output."""
+        if self.offered:
+            self.settle()
         private = self.private
         shared = self.shared
         ready = private.ready | shared.ready & self.routes
@@ -133,10 +171,16 @@ class Cpu:
         else:
             self.highest = SPURIOUS
             self.priority = IDLE_PRIORITY
+        sink = self.sink
+        if sink is None:
+            self.irq = irq
+            return
+        if irq:  # before it hears of it: who sleeps may wake at once
+            self.offered = True
+            sink.offer(self.highest)
         if irq is not self.irq:
             self.irq = irq
-            if self.sink is not None:
-                self.sink.irq_changed(irq)
+            sink.irq_changed(irq)
 
     def highest_group(self) -> int:
         """GROUP0 or GROUP1 of the highest priority pending interrupt; 0 when there is none."""

@@ -116,6 +116,7 @@ class Distributor:
     def read(self, offset: int, size: int) -> int:
         """See :class:`avmm.bus.Device`."""
         gic = self._gic
+        gic.settle_all()
         if 0x080 <= offset < 0xD00:
             return _bank_read(gic.shared, offset, size)
         if _IROUTER <= offset < _IROUTER + 8 * gic.intids:
@@ -135,6 +136,7 @@ class Distributor:
     def write(self, offset: int, size: int, value: int) -> None:
         """See :class:`avmm.bus.Device`."""
         gic = self._gic
+        gic.settle_all()
         if 0x080 <= offset < 0xD00:
             if _bank_write(gic.shared, offset, size, value):
                 if offset < 0x100:  # 1-of-N participation is per group
@@ -163,6 +165,7 @@ class Redistributors:
 
     def read(self, offset: int, size: int) -> int:
         """See :class:`avmm.bus.Device`."""
+        self._gic.settle_all()
         cpu, offset = self._locate(offset)
         if offset >= _FRAME:
             offset -= _FRAME
@@ -181,6 +184,7 @@ class Redistributors:
 
     def write(self, offset: int, size: int, value: int) -> None:
         """See :class:`avmm.bus.Device`."""
+        self._gic.settle_all()
         cpu, offset = self._locate(offset)
         if offset >= _FRAME:
             offset -= _FRAME
