@@ -9,7 +9,7 @@ from avmm.backends.usernet.packet import IP_AT, IPV4, L4_AT, MORE_FRAGMENTS, put
 _SECONDS: Final = 15.0
 #: Datagrams being put together, and pieces of one.
 _DATAGRAMS: Final = 32
-_PIECES: Final = 64
+_PIECES: Final = 128
 _LONGEST: Final = 0xFFFF - IPV4.size
 
 
