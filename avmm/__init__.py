@@ -28,12 +28,16 @@ if TYPE_CHECKING:
         WaitTimeout,
     )
     from avmm.guest.console import Console
+    from avmm.guest.exec import CommandFailed, Completed
+    from avmm.guest.process import Process
     from avmm.vm import Outcome, VirtualMachine, boot
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AvmmError",
+    "CommandFailed",
+    "Completed",
     "ConfigError",
     "Console",
     "EngineError",
@@ -46,6 +50,7 @@ __all__ = [
     "ImageError",
     "NetConfig",
     "Outcome",
+    "Process",
     "Switch",
     "VirtualMachine",
     "VmConfig",
@@ -62,6 +67,9 @@ _HOMES = {
     "NetConfig": "avmm.config",
     "Switch": "avmm.backends.switch",
     "Console": "avmm.guest.console",
+    "CommandFailed": "avmm.guest.exec",
+    "Completed": "avmm.guest.exec",
+    "Process": "avmm.guest.process",
 }
 
 

@@ -30,6 +30,9 @@ DEFAULT_CMDLINE = "console=ttyAMA0 panic=-1"
 
 ENGINES = ("auto", "framework", "softhv", "softhv,interpreter", "softhv,turns")
 
+#: Where the agent is in the guest's initrd; beside it, a link called ``init`` to the program it makes way for.
+AGENT_PATH = "/.avmm/agent"
+
 DISK_FORMATS = ("raw", "qcow2")
 
 #: The machine has 32 virtio slots; some are for what is not a disk.
@@ -244,7 +247,10 @@ def share_config(share: ShareLike) -> ShareConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmConfig:
-    """One virtual machine, resolved. ``memory`` is in bytes; ``ports`` are names of virtio console ports."""
+    """One virtual machine, resolved. ``memory`` is in bytes; ``ports`` are names of virtio console ports.
+
+    ``agent`` is the program that the guest is to start first where avmm's agent is in its initrd; None: no agent.
+    """
 
     kernel: Path
     initrd: Path | None = None
@@ -259,6 +265,7 @@ class VmConfig:
     nets: tuple[NetConfig, ...] = ()
     publish: tuple[PublishConfig, ...] = ()
     shares: tuple[ShareConfig, ...] = ()
+    agent: str | None = None
 
     @property
     def bootargs(self) -> str:
@@ -284,10 +291,12 @@ class VmConfig:
         publish: Sequence[str | PublishConfig] = (),
         pcap: str | os.PathLike[str] | None = None,
         shares: Sequence[ShareLike] = (),
+        agent: bool = False,
     ) -> VmConfig:
         """Check everything that can be checked without opening a file. Raises ConfigError.
 
         ``append`` is added to the default command line; ``cmdline`` replaces it. ``pcap`` records the first of ``net``.
+        ``agent``: run avmm's agent in the guest, where there is an initrd to put it into.
         """
         size = parse_size(memory)
         if not MEMORY_MIN <= size <= MEMORY_MAX:
@@ -302,6 +311,9 @@ class VmConfig:
             raise ConfigError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
         line = DEFAULT_CMDLINE if cmdline is None else cmdline
         line = " ".join(part for part in (line.strip(), append.strip()) if part)
+        first = None
+        if agent and initrd is not None:
+            line, first = _start_agent(line)
         if "\0" in line or not line.isascii():
             raise ConfigError("the kernel command line must be plain ASCII")
         if len(drives) > DRIVES_MAX:
@@ -330,9 +342,20 @@ class VmConfig:
             nets=nets,
             publish=published,
             shares=tuple(map(share_config, shares)),
+            agent=first,
         )
         if len(config.bootargs) > CMDLINE_MAX:
             raise ConfigError(
                 f"the kernel command line has {len(config.bootargs)} characters; arm64 Linux reads {CMDLINE_MAX}"
             )
         return config
+
+
+def _start_agent(cmdline: str) -> tuple[str, str]:
+    """The command line with the agent as the first program, and what would have been that."""
+    # What follows "--" is for the first program.
+    words = re.fullmatch(r"(?s)(.*?)((?:^|\s)--(?:\s.*)?)?", cmdline)
+    assert words is not None
+    own, rest = words[1], words[2] or ""
+    named = re.findall(r"(?:^|\s)rdinit=(\S+)", own)
+    return f"{own} rdinit={AGENT_PATH}{rest}".strip(), named[-1] if named else "/init"

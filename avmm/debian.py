@@ -371,7 +371,9 @@ class _Index:
         return bool(self._stanzas)
 
     def add(self, packages: str) -> None:
-        for found in re.finditer(rf"^Package: (linux-(?:image|binary|modules|base)-.*|{_BUSYBOX})\n(?:.+\n?)*", packages, re.MULTILINE):
+        for found in re.finditer(
+            rf"^Package: (linux-(?:image|binary|modules|base)-.*|{_BUSYBOX})\n(?:.+\n?)*", packages, re.MULTILINE
+        ):
             fields = re.findall(r"^([A-Za-z0-9-]+): (.*)$", found[0], re.MULTILINE)
             stanza = dict(fields)
             if "Version" in stanza:

@@ -12,6 +12,7 @@
     └── GuestError                the guest broke a rule, panicked or died
         ├── GuestFault            an access outside guest RAM, or to nothing
         ├── GuestPanic            the guest kernel panicked
+        ├── CommandFailed         a command in the guest did not end with 0 (avmm.guest.exec; also its result)
         └── GuestGone             the guest stopped while somebody waited for it
 
 Host errors are raised where the call was made. Guest errors never escape from the loop's machinery:

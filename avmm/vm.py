@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from avmm.aio import cancel, outlast
 from avmm.attachments import attachments_of, close_all, describe_all, open_all
+from avmm.attachments.agent import AgentAttachment
 from avmm.attachments.base import Attachment
 from avmm.attachments.drive import DriveAttachment
 from avmm.attachments.net import NetAttachment, Network
@@ -33,10 +34,12 @@ from avmm.backends.serial import SerialLine
 from avmm.backends.share.server import Share
 from avmm.board import Board
 from avmm.bootloader.image import load_kernel, read_file
+from avmm.bootloader.initrd import with_agent
 from avmm.bootloader.loader import ENTROPY_SIZE, Entry, load_linux, place
 from avmm.bootloader.machine import RAM_BASE, RNG_SEED_SIZE, build_fdt
 from avmm.clock import Clock, DeadlineTimers
 from avmm.config import (
+    AGENT_PATH,
     DriveLike,
     NetLike,
     PublishConfig,
@@ -49,7 +52,9 @@ from avmm.config import (
 from avmm.devices.virtio.transport import VirtioDevice
 from avmm.errors import AvmmError, ConfigError, GuestError, GuestGone, GuestPanic
 from avmm.faults import Faults
+from avmm.guest.agent import image
 from avmm.guest.console import Console, ConsoleState
+from avmm.guest.exec import AgentExec, Commands, Exec, within
 from avmm.guest.panic import PanicWatch
 from avmm.hypervisor import Hypervisor, open_hypervisor
 from avmm.hypervisor.base import ExitKind
@@ -79,7 +84,7 @@ class Outcome:
     error: AvmmError | None = None
 
 
-class VirtualMachine:
+class VirtualMachine(Commands):
     """One virtual machine. Make it inside a running event loop, then ``async with`` it, or ``start`` and ``stop`` it.
 
     ``keep_output``: how many bytes of console output to remember at least; None remembers all. ``monitor``: let
@@ -364,6 +369,20 @@ class VirtualMachine:
             raise ConfigError(f"the VM has no port {port!r}; it has {', '.join(self.ports) or 'none'}")
         self._all(PortsAttachment)[0].resize(port, columns, rows)
 
+    @property
+    def _exec(self) -> Exec:
+        """See :class:`Commands`."""
+        agents = self._all(AgentAttachment)
+        if not agents:
+            raise ConfigError("no agent runs in this guest: boot it with an initrd and agent=True")
+        return AgentExec(agents[0].agent)
+
+    async def wait_ready(self, *, timeout: float | None = None) -> None:
+        """Return when commands can be run in the guest; they wait for that by themselves. Raises as they do."""
+        async with within(timeout, "no agent had started in the guest"):
+            for each in self._all(AgentAttachment):
+                await each.agent.wait_ready()
+
     def _all(self, kind: type[_A]) -> list[_A]:
         return [each for each in self._attachments if isinstance(each, kind)]
 
@@ -488,6 +507,8 @@ class VirtualMachine:
                 await asyncio.to_thread(close_all, self._attachments)
             except AvmmError as error:
                 outcome = self._outcome = Outcome("fault", error)
+            for agent in self._all(AgentAttachment):
+                agent.agent.close(_why_gone(outcome))
             for each in self._attachments:
                 each.gone()
             self.console.transcript.close(_why_gone(outcome))
@@ -608,6 +629,7 @@ def boot(
     monitor: bool = False,
     trace: str | os.PathLike[str] | None = None,
     faults: str | Faults | None = None,
+    agent: bool = True,
 ) -> Booting:
     """A running virtual machine: ``async with avmm.boot(kernel, initrd, memory="512M", cpus=2) as vm: ...``
 
@@ -620,7 +642,8 @@ def boot(
     ``publish`` lists ports of the guest's as for ``--publish``; ``pcap`` names a file that records the first network.
     ``keep_output`` bounds how many bytes of console output are remembered; ``monitor`` lets ``avmm top`` see the VM;
     ``trace`` names a file for a timeline that Perfetto opens; ``faults`` makes softhv misbehave (:mod:`avmm.faults`).
-    Raises ConfigError at once, ImageError and EngineError when it starts.
+    ``agent``: put avmm's agent into the initrd, where there is one, so that ``vm.run("uname", "-r")`` and the like work
+    (:class:`avmm.guest.exec.Commands`). Raises ConfigError at once, ImageError and EngineError when it starts.
     """
     config = VmConfig.resolve(
         kernel,
@@ -638,6 +661,7 @@ def boot(
         publish=publish,
         pcap=pcap,
         shares=shares,
+        agent=agent,
     )
 
     async def make() -> VirtualMachine:
@@ -669,6 +693,7 @@ def describe(config: VmConfig) -> dict[str, Any]:
         "cpus": config.cpus,
         "engine": engine,
         "reboot": config.reboot,
+        "agent": config.agent is not None,
         "faults": None if config.faults is None else asdict(config.faults),
         **attachments,
     }
@@ -708,7 +733,10 @@ class _Unconnected:
 
 def _read_images(config: VmConfig) -> Images:
     kernel = load_kernel(config.kernel, config.memory)
-    return kernel, None if config.initrd is None else read_file(config.initrd, "initrd", config.memory)
+    initrd = None if config.initrd is None else read_file(config.initrd, "initrd", config.memory)
+    if initrd is not None and config.agent is not None:
+        initrd = with_agent(initrd, image(), AGENT_PATH, config.agent)
+    return kernel, initrd
 
 
 def _check_capabilities(config: VmConfig, hypervisor: Hypervisor) -> None:

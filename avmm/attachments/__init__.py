@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+from avmm.attachments.agent import AgentAttachment
 from avmm.attachments.base import Attachment
 from avmm.attachments.drive import DriveAttachment
 from avmm.attachments.net import NetAttachment
@@ -31,6 +32,8 @@ def attachments_of(config: VmConfig) -> list[Attachment]:
     if len(set(tags)) < len(tags):
         raise ConfigError(f"two shares have one tag: name them with DIR:TAG (they are {', '.join(tags)})")
     given += [ShareAttachment(each) for each in config.shares]
+    if config.agent is not None:
+        given.append(AgentAttachment())
     if len(given) > VIRTIO_SLOTS:
         raise ConfigError(f"a VM has room for {VIRTIO_SLOTS} virtio devices, not {len(given)}")
     return given

@@ -32,6 +32,8 @@ class Port:
         self._room = asyncio.Event()
         self._room.set()
         self._opened = asyncio.Event()
+        self._shut = asyncio.Event()
+        self._shut.set()
         self._closed = False
 
     # The host's side.
@@ -62,6 +64,10 @@ class Port:
         """Return when the guest has the port open, or is gone."""
         await self._opened.wait()
 
+    async def wait_shut(self) -> None:
+        """Return when no program of the guest has the port open."""
+        await self._shut.wait()
+
     @property
     def is_open(self) -> bool:
         """Whether a program of the guest has the port open."""
@@ -70,7 +76,7 @@ class Port:
     def close(self) -> None:
         """The guest is gone: let nobody wait any more."""
         self._closed = True
-        for event in (self._said_some, self._taken, self._room, self._opened):
+        for event in (self._said_some, self._taken, self._room, self._opened, self._shut):
             event.set()
 
     # The device's side (avmm.devices.virtio.console.PortBackend).
@@ -97,5 +103,7 @@ class Port:
         """The guest has opened or closed the port."""
         if opened:
             self._opened.set()
+            self._shut.clear()
         else:
             self._opened.clear()
+            self._shut.set()

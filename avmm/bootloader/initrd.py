@@ -140,3 +140,10 @@ def build(kernel: Package, busybox: Package) -> bytes:
         cpio.file(f"{home}/modules.alias", modules.modules_alias(chosen).encode()),
     ]
     return cpio.pack(entries)
+
+
+def with_agent(initrd: bytes, agent: bytes, path: str, init: str) -> bytes:
+    """``initrd`` and the program ``agent`` as ``path`` in it; a link ``init`` beside it tells it what to start."""
+    home = path.rpartition("/")[0]
+    archive = cpio.pack([cpio.file(path, agent, 0o755), cpio.symlink(f"{home}/init", init)])
+    return cpio.append(initrd, archive)

@@ -29,8 +29,8 @@ BELOW = {
     "vcpu": {"errors", "bus", "clock", "hypervisor", "irq", "aio"},
     "devices": {"errors", "fdt", "irq", "link", "memory", "bus", "aio", "log"},
     "backends": {"errors", "link", "memory", "aio", "log"},
-    "attachments": {"errors", "config", "backends", "devices", "bootloader", "link"},
-    "guest": {"errors"},
+    "attachments": {"errors", "config", "backends", "devices", "bootloader", "guest", "link"},
+    "guest": {"errors", "aio"},
     "bootloader": {"errors", "fdt", "memory"},
 }
 
@@ -66,9 +66,9 @@ def test_files_stay_readable() -> None:
 
 def test_public_api() -> None:
     assert avmm.__all__ == [
-        "AvmmError", "ConfigError", "Console", "EngineError", "FetchError", "GuestError", "GuestFault", "GuestGone",
-        "GuestPanic", "HostError", "ImageError", "NetConfig", "Outcome", "Switch", "VirtualMachine", "VmConfig",
-        "WaitTimeout", "boot",
+        "AvmmError", "CommandFailed", "Completed", "ConfigError", "Console", "EngineError", "FetchError", "GuestError",
+        "GuestFault", "GuestGone", "GuestPanic", "HostError", "ImageError", "NetConfig", "Outcome", "Process", "Switch",
+        "VirtualMachine", "VmConfig", "WaitTimeout", "boot",
     ]  # fmt: skip
     for name in avmm.__all__:
         assert getattr(avmm, name) is not None
