@@ -176,7 +176,7 @@ async def test_who_waits_is_told_at_once(debian: Fetched) -> None:
 
 
 async def test_a_twin_has_an_agent_of_its_own(debian: Fetched) -> None:
-    """Forked in the middle of whatever the agent says and hears; the twin has another random pool, and the right time."""
+    """Forked in the middle of whatever the agent says; the twin has another random pool, and the right time."""
     async with avmm.boot(debian.kernel, debian.initrd) as vm, asyncio.timeout(120):
         await vm.wait_ready()
         await vm.check("date", "-s", "2001-01-01 00:00:00")
