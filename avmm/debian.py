@@ -128,9 +128,9 @@ def _fetch(home: Path, release: str, flavour: str, mirror: str | None, progress:
             files = {"vmlinuz": kernel.read(path), "initrd": initrd.build(kernel, busybox)}
     folder = home / version
     folder.mkdir(exist_ok=True)
-    for name, content in files.items():
-        _write(folder / name, content)
-    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    for file, content in files.items():
+        _write(folder / file, content)
+    sums = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
     index = {"version": version, "recipe": initrd.recipe(), "sha256": sums}
     _write(home / "index.json", json.dumps(index, indent=1).encode())
     return Fetched(folder / "vmlinuz", folder / "initrd", version)
