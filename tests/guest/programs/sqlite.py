@@ -18,7 +18,7 @@ with db:
         "insert into t values (?, ?, ?, ?)",
         ((i, i * 7919 % 10007, i / 7 - (i * i % 101) * 1.25e-3, f"row {i * 31 % 997:04}") for i in range(ROWS)),
     )
-out: list[object] = []
+out: list[str] = []
 for query in (
     "select count(*), sum(a), printf('%.12g', sum(b)), printf('%.12g', avg(b * b)) from t",
     "select c, count(*), printf('%.10f', max(b)), min(a) from t group by c order by c limit 100",
