@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long a busy machine takes to make up data says nothing about the code.
+settings.register_profile("avmm", suppress_health_check=[HealthCheck.too_slow], deadline=None)
+settings.load_profile("avmm")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
