@@ -20,7 +20,7 @@ struct jit {
     size_t cold, cold_used;  /* further up: from where and to where slow paths are, out of the way of the rest */
     int32_t threshold;
     /* As written, not as run: point() takes distances. */
-    const uint8_t *enter, *lookup, *lookup_far, *link, *dropped, *call, *call_flags, *slow, *slow_flags;
+    const uint8_t *enter, *lookup, *lookup_far, *link, *dropped, *call, *call_flags, *slow, *slow_flags, *pure;
 };
 
 static const struct emitter *emitter_of[ROWS_MAX];
@@ -33,7 +33,7 @@ enum { FAR_GEN = 2, FAR_PAGE = 25, FAR_JUMP = 50 };
 /* ---- Guest registers in host registers --------------------------------------------------------------------------- */
 
 static const uint8_t pool[] = {RBX, R12, R13, RSI, RDI, R8, R9, R10, R11};
-enum { POOL = sizeof pool };
+enum { POOL = sizeof pool, CALLER_SAVED = 1 << RSI | 1 << RDI | 1 << R8 | 1 << R9 | 1 << R10 | 1 << R11 };
 
 static void no_regs(struct regs *regs) {
     memset(regs->guest, NO_GUEST, sizeof regs->guest);
@@ -400,7 +400,7 @@ static void emit_slow(struct emit *e, const struct outlined *o) {
     call_stub(e, e->regs.flags & FLAGS_IN_MEM ? e->jit->slow : e->jit->slow_flags);
     struct slow slow = {
         .uop = (uint32_t)((const uint8_t *)o->u - code_arena(e->vcpu)),
-        .back = (int32_t)(o->back - e->p),
+        .back = (int32_t)(o->sets_flags ? (ptrdiff_t)sizeof slow : o->back - e->p),
         .pc_base = pc_base(e, o->u),
         .ran = (uint8_t)(o->u - e->block->uops + 1),
     };
@@ -410,6 +410,10 @@ static void emit_slow(struct emit *e, const struct outlined *o) {
     }
     memcpy(e->p, &slow, sizeof slow);
     e->p += sizeof slow;
+    if (o->sets_flags) {
+        flags_from_memory(e);
+        point(jmp(e), o->back);
+    }
 }
 
 struct outlined *outline(struct emit *e, const struct uop *u, enum outlined_kind kind) {
@@ -418,6 +422,7 @@ struct outlined *outline(struct emit *e, const struct uop *u, enum outlined_kind
     o->u = u;
     o->before = e->regs;
     o->host_flags = e->host_flags;
+    o->sets_flags = false;
     memset(o->from, 0, sizeof o->from);
     return o;
 }
@@ -449,6 +454,18 @@ void check_fp(struct emit *e, const struct uop *u) {
     cmp_byte(e, AT(fp_trap), 0);
     struct outlined *o = slow_call(e, u); /* it traps, and never comes back */
     also_from(o, jcc(e, NE));
+    comes_back(e, o);
+}
+
+void call_pure(struct emit *e, const struct uop *u) {
+    mov_imm(e, RAX, (uint64_t)((const uint8_t *)u - code_arena(e->vcpu)));
+    call_stub(e, e->jit->pure);
+    e->host_flags = false;
+}
+
+void call_kept(struct emit *e, const struct uop *u) {
+    struct outlined *o = slow_call(e, u);
+    also_from(o, jmp(e));
     comes_back(e, o);
 }
 
@@ -753,6 +770,28 @@ static void emit_stubs(struct emit *e, struct vcpu *c) {
     point(jcc(e, E), elsewhere);
     byte(e, 0xc3);
 
+    align(e); /* RAX: offset of the uop in the arena. */
+    jit->pure = e->p;
+    unsigned room = 0;
+    for (unsigned i = 0; i < POOL; i++)
+        room += CALLER_SAVED >> pool[i] & 1 ? 8 : 0;
+    room += ~room & 8; /* to a multiple of 16, with the return address */
+    alu_imm(e, 1, SUB, RSP, (int32_t)room);
+    for (unsigned i = 0, at = 0; i < POOL; i++)
+        if (CALLER_SAVED >> pool[i] & 1)
+            store(e, 1, pool[i], RSP, 8 * (int32_t)at++);
+    mov_imm(e, RSI, (uintptr_t)code_arena(c));
+    alu(e, 1, ADD, RSI, RAX);
+    op_rm(e, 0, 0x0fb7, RAX, RSI, offsetof(struct uop, row));
+    mov_imm(e, RDX, (uintptr_t)plain_of);
+    lea(e, 1, RDI, CPU, -128);
+    op_rx(e, 0, 0xff, 2, RDX, RAX, 3);
+    for (unsigned i = 0, at = 0; i < POOL; i++)
+        if (CALLER_SAVED >> pool[i] & 1)
+            load(e, 1, pool[i], RSP, 8 * (int32_t)at++);
+    alu_imm(e, 1, ADD, RSP, (int32_t)room);
+    byte(e, 0xc3);
+
     align(e); /* See struct slow, which the return address points at. */
     jit->slow_flags = e->p;
     flags_to_memory(e);
@@ -790,14 +829,34 @@ _Static_assert(sizeof(struct jump_entry) == 3 * 8, "the stub `lookup` scales by 
 _Static_assert(offsetof(struct vcpu, scratch) == 8 * R_COUNT, "they follow x[]");
 _Static_assert(offsetof(struct vcpu, jump) < INT32_MAX, "displacements");
 
+static int by_op(const void *a, const void *b) {
+    uintptr_t one = (uintptr_t)plain_of[*(const uint16_t *)a], other = (uintptr_t)plain_of[*(const uint16_t *)b];
+    return one < other ? -1 : one > other;
+}
+
+/* Of several emitters for an op the last one counts. */
 static void fill_tables(void) {
-    static const struct emitter *const tables[] = {jit_x64_int, jit_x64_mem};
+    static const struct emitter *const tables[] = {jit_x64_int, jit_x64_mem, jit_x64_simd};
+    uint16_t sorted[ROWS_MAX];
     for (uint32_t row = 0; row < a64_row_count; row++) {
         plain_of[row] = a64_rows[row].plain;
-        for (unsigned t = 0; t < sizeof tables / sizeof *tables; t++)
-            for (const struct emitter *by = tables[t]; by->plain; by++)
-                if (by->plain == a64_rows[row].plain && (by->effects & ENDS || !a64_rows[row].ends_block))
-                    emitter_of[row] = by;
+        sorted[row] = (uint16_t)row;
+    }
+    qsort(sorted, a64_row_count, sizeof *sorted, by_op);
+    for (unsigned t = 0; t < sizeof tables / sizeof *tables; t++) {
+        for (const struct emitter *by = tables[t]; by->plain; by++) {
+            uint32_t low = 0, high = a64_row_count;
+            while (low < high) {
+                uint32_t middle = (low + high) / 2;
+                if ((uintptr_t)plain_of[sorted[middle]] < (uintptr_t)by->plain)
+                    low = middle + 1;
+                else
+                    high = middle;
+            }
+            for (; low < a64_row_count && plain_of[sorted[low]] == by->plain; low++)
+                if (by->effects & ENDS || !a64_rows[sorted[low]].ends_block)
+                    emitter_of[sorted[low]] = by;
+        }
     }
 }
 

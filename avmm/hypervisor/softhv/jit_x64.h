@@ -3,6 +3,7 @@
  *
  *   jit_x64.c       code memory, shared stubs, blocks: exits, links, slow paths
  *   jit_x64_int.c   data processing and branches      jit_x64_mem.c   loads and stores
+ *   jit_x64_simd.c  floating point and vectors
  *
  * Registers of generated code:
  *
@@ -55,7 +56,7 @@ struct emitter {
     uint32_t arg;
     uint32_t effects;
 };
-extern const struct emitter jit_x64_int[], jit_x64_mem[]; /* end with an empty one */
+extern const struct emitter jit_x64_int[], jit_x64_mem[], jit_x64_simd[]; /* end with an empty one */
 
 /* ---- One compilation --------------------------------------------------------------------------------------------- */
 
@@ -96,6 +97,7 @@ struct outlined {
     const struct uop *u;
     struct regs before, after; /* but for SIDE_EXIT: state where it is left and where it comes back to */
     bool host_flags;           /* SIDE_EXIT: the host's flags are the guest's */
+    bool sets_flags;           /* SLOW_CALL: the op does, and NZCV is to be in FLAGS */
     const uint8_t *back;
     int32_t target; /* SIDE_EXIT: offset from PAGE */
     struct transfer transfer; /* CHECKED_ACCESS */
@@ -153,7 +155,7 @@ static inline void word32(struct emit *e, uint32_t v) { memcpy(e->p, &v, 4); e->
 static inline void word64(struct emit *e, uint64_t v) { memcpy(e->p, &v, 8); e->p += 8; }
 
 /* Opcodes: 0xPP0Fxx with a mandatory prefix PP, 0x0Fxx, or xx; BYTE_REG when a register in it is a byte one. */
-enum { BYTE_REG = 1 << 24 };
+enum { BYTE_REG = 1 << 24, MAP_38 = 1 << 25, MAP_3A = 1 << 26 /* 0F 38, 0F 3A */ };
 static inline void opcode(struct emit *e, unsigned w, uint32_t op, unsigned reg, unsigned index, unsigned rm) {
     if (op >> 16 & 0xff)
         byte(e, op >> 16 & 0xff);
@@ -162,6 +164,8 @@ static inline void opcode(struct emit *e, unsigned w, uint32_t op, unsigned reg,
         byte(e, 0x40 | rex);
     if ((op >> 8 & 0xff) == 0x0f)
         byte(e, 0x0f);
+    if (op & (MAP_38 | MAP_3A))
+        byte(e, op & MAP_38 ? 0x38 : 0x3a);
     byte(e, op & 0xff);
 }
 /* reg, rm both registers; w: 64 bits wide. */
@@ -314,6 +318,9 @@ void leave_to(struct emit *e, const struct uop *u, int32_t target); /* offset fr
 void leave_to_rax(struct emit *e, const struct uop *u);             /* the address is in RAX */
 void call_op(struct emit *e, const struct uop *u, bool ends);
 void check_fp(struct emit *e, const struct uop *u);
+/* Calls that leave general registers where they are. Pure ones are of ops that know none, nor NZCV, and never fail. */
+void call_pure(struct emit *e, const struct uop *u);
+void call_kept(struct emit *e, const struct uop *u);
 
 static inline int32_t page_offset(const struct emit *e, const struct uop *u) { return e->page_offset + u->off; }
 /* What PC-relative immediates count from. */
