@@ -113,7 +113,7 @@ struct block *code_block(struct vcpu *c, uint64_t pa, const uint8_t *host) {
         *head = page;
     }
     block = (struct block *)(code->arena + code->used);
-    decode_block(block, pa, host, false);
+    decode_block(block, pa, host);
     block->cold = jit_threshold(c);
     block->code = NULL;
     take(code, sizeof *block + (block->count + 1) * sizeof(struct uop));
@@ -126,12 +126,27 @@ struct block *code_block(struct vcpu *c, uint64_t pa, const uint8_t *host) {
     return block;
 }
 
-const struct block *code_trace(struct vcpu *c, const struct block *block) {
-    struct ram *ram = vm_ram(c->vm, block->pa);
+/* How often was the block at `pa` run? Known exactly up to when it is compiled. */
+static int32_t runs(struct vcpu *c, uint64_t pa) {
+    const struct block *block = c->cache->bucket[bucket_of(pa)];
+    while (block && block->pa != pa)
+        block = block->bucket;
+    int32_t threshold = jit_threshold(c);
+    return !block ? 0 : block->cold <= 0 || block->cold > threshold ? threshold : threshold - block->cold;
+}
+
+static bool taken(struct vcpu *c, uint64_t target, uint64_t next) {
+    int32_t there = runs(c, target);
+    return there > 2 && there > 2 * runs(c, next);
+}
+
+const struct block *code_trace(struct vcpu *c, const struct block *block, uint16_t at[BLOCK_MAX + 1]) {
+    uint64_t page = block->pa & ~(uint64_t)(PAGE_SIZE - 1);
+    struct ram *ram = vm_ram(c->vm, page);
     if (!ram || code_full(c))
         return NULL;
     struct block *trace = (struct block *)(c->cache->arena + c->cache->used);
-    decode_block(trace, block->pa, ram->host + (block->pa - ram->ipa), true);
+    decode_trace(trace, block->pa, ram->host + (page - ram->ipa), at, taken, c);
     if (!trace->count)
         return NULL;
     take(c->cache, sizeof *trace + (trace->count + 1) * sizeof(struct uop));

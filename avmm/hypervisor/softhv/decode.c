@@ -105,7 +105,7 @@ static bool conditional(const struct uop *u) {
            u->fn == t_tbz || u->fn == t_tbnz;
 }
 
-void decode_block(struct block *block, uint64_t pa, const uint8_t *host, bool trace) {
+void decode_block(struct block *block, uint64_t pa, const uint8_t *host) {
     uint32_t room = (PAGE_SIZE - (uint32_t)(pa & (PAGE_SIZE - 1))) / 4, count = 0;
     if (room > BLOCK_MAX)
         room = BLOCK_MAX;
@@ -114,14 +114,42 @@ void decode_block(struct block *block, uint64_t pa, const uint8_t *host, bool tr
         uint32_t insn;
         memcpy(&insn, host + 4 * count, 4);
         more = decode(&block->uops[count], insn, (uint8_t)(4 * count));
-        if (trace && block->uops[count].row == UINT16_MAX)
-            break;
-        more |= trace && conditional(&block->uops[count]);
         count++;
     } while (more && count < room);
     block->uops[count] = (struct uop){.fn = t_end_of_block, .row = UINT16_MAX, .off = (uint8_t)(4 * count)};
     for (uint32_t i = 0; i < count; i++)
-        block->uops[i].left = trace ? 0 : (uint8_t)(count - 1 - i);
+        block->uops[i].left = (uint8_t)(count - 1 - i);
     block->pa = pa;
     block->count = count;
+}
+
+void decode_trace(struct block *trace, uint64_t pa, const uint8_t *page, uint16_t *at, taken_fn taken, struct vcpu *c) {
+    uint64_t been[PAGE_SIZE / 4 / 64] = {0}, page_pa = pa & ~(uint64_t)(PAGE_SIZE - 1);
+    uint32_t here = (uint32_t)(pa & (PAGE_SIZE - 1)), count = 0;
+    bool more = true;
+    while (more && count < BLOCK_MAX && here < PAGE_SIZE && !(been[here / 256] >> (here / 4 % 64) & 1)) {
+        struct uop *u = &trace->uops[count];
+        uint32_t insn;
+        memcpy(&insn, page + here, 4);
+        more = decode(u, insn, (uint8_t)(4 * count));
+        if (u->row == UINT16_MAX)
+            break;
+        been[here / 256] |= UINT64_C(1) << (here / 4 % 64);
+        at[count++] = (uint16_t)here;
+        here += 4;
+        bool always = u->fn == t_b || u->fn == t_bl;
+        if (!always && !conditional(u))
+            continue;
+        int64_t target = at[count - 1] + (int64_t)u->imm - u->off;
+        bool inside = target >= 0 && target < PAGE_SIZE && !(been[target / 256] >> (target / 4 % 64) & 1);
+        more = inside || !always;
+        if (inside && (always || taken(c, page_pa + (uint64_t)target, page_pa + here)))
+            here = (uint32_t)target;
+    }
+    at[count] = (uint16_t)here;
+    trace->uops[count] = (struct uop){.fn = t_end_of_block, .row = UINT16_MAX, .off = (uint8_t)(4 * count)};
+    for (uint32_t i = 0; i < count; i++)
+        trace->uops[i].left = 0;
+    trace->pa = pa;
+    trace->count = count;
 }

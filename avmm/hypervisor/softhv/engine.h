@@ -226,6 +226,7 @@ struct jump_entry {
 };
 /* The blocks of one page lie in one aligned row of JUMP_ROW entries: what TLBI by VA clears. */
 enum { JUMP_ROW = 1 << (PAGE_BITS - 2) };
+/* Where a PC belongs; where it is when another had come first: the neighbour, by the lowest bit. */
 static inline unsigned jump_index(uint64_t pc) { return ((pc >> 2) ^ (pc >> 13)) & (JUMP_SIZE - 1); }
 
 /* ---- System registers that hold plain state (the rest is computed in sysreg.c) ---------------------------------- */
@@ -500,17 +501,22 @@ enum fault_wfi fault_wfi(struct vcpu *c, uint64_t after);
 /* ---- decode.c, code.c ------------------------------------------------------------------------------------------- */
 
 void decode_init(void); /* idempotent, thread-safe */
+/* Decode from `host` (guest code at `pa`) up to the end of its page or of the block. */
+void decode_block(struct block *block, uint64_t pa, const uint8_t *host);
 /*
- * Decode from `host` (guest code at `pa`) up to the end of its page or of the block. A trace goes on past conditional
- * branches, and ends before what is UNDEFINED.
+ * For the compiler: the instructions run most often from `pa` on, within the page at host address `page`. Branches to
+ * known places in it are followed, conditional ones where `taken` says so, calls too; none comes twice. Ends before what
+ * is UNDEFINED. at[i]: where in the page instruction i is; the last, behind them all: where it goes on.
  */
-void decode_block(struct block *block, uint64_t pa, const uint8_t *host, bool trace);
+typedef bool (*taken_fn)(struct vcpu *c, uint64_t target, uint64_t next); /* their PAs */
+void decode_trace(struct block *trace, uint64_t pa, const uint8_t *page, uint16_t *at, taken_fn taken, struct vcpu *c);
 extern struct row a64_rows[];
 extern const uint32_t a64_row_count;
 
 /* By the vCPU's own thread, between blocks, or for code_invalidate() as the last thing of one. */
 struct block *code_block(struct vcpu *c, uint64_t pa, const uint8_t *host); /* found or decoded */
-const struct block *code_trace(struct vcpu *c, const struct block *block); /* for the compiler; NULL: nothing to gain */
+/* For the compiler, as decode_trace() has it; NULL: nothing to gain. */
+const struct block *code_trace(struct vcpu *c, const struct block *block, uint16_t at[BLOCK_MAX + 1]);
 bool code_full(const struct vcpu *c);
 const uint8_t *code_arena(const struct vcpu *c); /* where all blocks lie */
 void code_invalidate(struct vcpu *c, uint64_t pa, uint64_t size);

@@ -315,7 +315,7 @@ void leave_to(struct emit *e, const struct uop *u, int32_t target) {
     spill(e, &e->regs);
     count(e, u);
     uint8_t *stop[2] = {NULL, NULL};
-    if (target <= page_offset(e, u)) {
+    if (target <= page_offset(e, u) || e->index > e->went_back) {
         stop[0] = jcc(e, LE);
         op_rm(e, 0, 0xf6, 0, CPU, AT(poll));
         byte(e, POLL_NOW);
@@ -489,6 +489,7 @@ static void emit_outlined(struct emit *e, struct outlined *o, bool cold) {
 
 static void plan(struct emit *e) {
     bool live = true;
+    e->went_back = UINT32_MAX;
     for (uint32_t i = e->block->count; i-- > 0;) {
         const struct uop *u = &e->block->uops[i];
         const struct emitter *by = e->by[i] = emitter_of[u->row];
@@ -503,6 +504,10 @@ static void plan(struct emit *e) {
             e->writes[i] |= UINT64_C(1) << u->ra;
         if (effects & AND_RN)
             e->writes[i] |= UINT64_C(1) << u->rn;
+        if (effects & LINKS)
+            e->writes[i] |= UINT64_C(1) << 30;
+        if (e->at[i + 1] <= e->at[i])
+            e->went_back = i;
     }
     plan_accesses(e);
 }
@@ -556,7 +561,7 @@ static void emit_trace(struct emit *e, uint8_t *code, uint8_t *cold) {
     }
     const struct uop *last = &e->block->uops[e->block->count - 1];
     if (!e->ended)
-        leave_to(e, last, page_offset(e, last) + 4);
+        leave_to(e, last, next_offset(e, last));
     for (unsigned i = 0; i < e->outlined_count; i++)
         emit_outlined(e, &e->outlined[i], false);
     uint8_t *end = e->p;
@@ -572,12 +577,12 @@ const void *jit_compile(struct vcpu *c, const struct block *block) {
     if (jit_full(c))
         return NULL;
     uint64_t start = host_ns();
-    const struct block *trace = code_trace(c, block);
-    if (!trace)
-        return NULL;
     jit->used = (jit->used + 15) & ~(size_t)15;
     uint8_t *code = jit->write + jit->used, *cold = jit->write + jit->cold_used;
     struct emit storage, *e = &storage; /* large, and most of it is not used: filled in as it is */
+    const struct block *trace = code_trace(c, block, e->at);
+    if (!trace)
+        return NULL;
     e->jit = jit;
     e->vcpu = c;
     e->block = trace;
@@ -679,11 +684,19 @@ static void emit_lookup(struct emit *e, const uint8_t *leave) {
     alu_imm(e, 0, AND, RCX, JUMP_SIZE - 1);
     op_rm(e, 0, 0x0fb6, RDX, CPU, AT(el));
     shift(e, 0, SHL, RDX, JUMP_BITS);
-    alu(e, 0, ADD, RCX, RDX);
-    op_rx(e, 0, 0x8d, RCX, RCX, RCX, 1);
-    op_rx(e, 1, 0x8d, RCX, CPU, RCX, 3);
-    op_rm(e, 1, 0x3b, RAX, RCX, AT(jump) + (int32_t)offsetof(struct jump_entry, pc));
+    alu(e, 0, ADD, RDX, RCX);
+    uint8_t *found = NULL;
+    for (unsigned way = 0; way < 2; way++) { /* see jump_index() */
+        if (way)
+            alu_imm(e, 0, XOR, RDX, 1);
+        op_rx(e, 0, 0x8d, RCX, RDX, RDX, 1);
+        op_rx(e, 1, 0x8d, RCX, CPU, RCX, 3);
+        op_rm(e, 1, 0x3b, RAX, RCX, AT(jump) + (int32_t)offsetof(struct jump_entry, pc));
+        if (!way)
+            found = jcc(e, E);
+    }
     point(jcc(e, NE), leave);
+    here(e, found);
     load(e, 1, RCX, RCX, AT(jump) + (int32_t)offsetof(struct jump_entry, code));
     test(e, 1, RCX, RCX);
     point(jcc(e, E), leave);
@@ -727,7 +740,7 @@ static void emit_stubs(struct emit *e, struct vcpu *c) {
     jit->lookup = e->p;
     emit_lookup(e, leave);
 
-    align(e); /* The same for leave_far(), which RSI points at, and which is linked at the next chance. */
+    align(e); /* The same for leave_far(), which RSI points at, and which is linked when it is not, or no use. */
     const uint8_t *leave_far = e->p;
     store(e, 1, RSI, CPU, AT(jit_far));
     store(e, 1, PAGE, CPU, AT(jit_far_page));

@@ -46,7 +46,8 @@ enum {
     ENDS = 16, /* the end of a block is emitted, or a side exit from it, when the instruction asks for one */
     NO_RD = 32,      /* which x registers it writes: rd, unless it has this; */
     AND_RA = 64,     /* ra as well; */
-    AND_RN = 128,    /* rn as well */
+    AND_RN = 128,    /* rn as well; */
+    LINKS = 256,     /* x30 as well */
 };
 
 struct emit;
@@ -124,6 +125,8 @@ struct emit {
     struct vcpu *vcpu;
     const struct block *block;
     uint32_t index;      /* of the instruction at hand */
+    uint16_t at[TRACE_MAX + 1]; /* see decode_trace() */
+    uint32_t went_back;  /* the first instruction that the trace goes backwards from */
     int32_t page_offset; /* of the block's first instruction */
     struct regs regs;
     uint32_t stamp[16], now; /* last use of host registers: the oldest is evicted, never one of this instruction */
@@ -322,7 +325,9 @@ void check_fp(struct emit *e, const struct uop *u);
 void call_pure(struct emit *e, const struct uop *u);
 void call_kept(struct emit *e, const struct uop *u);
 
-static inline int32_t page_offset(const struct emit *e, const struct uop *u) { return e->page_offset + u->off; }
+static inline int32_t page_offset(const struct emit *e, const struct uop *u) { return e->at[u - e->block->uops]; }
+/* Where the trace goes on after it. */
+static inline int32_t next_offset(const struct emit *e, const struct uop *u) { return e->at[u - e->block->uops + 1]; }
 /* What PC-relative immediates count from. */
 static inline int32_t pc_base(const struct emit *e, const struct uop *u) { return page_offset(e, u) - u->off; }
 

@@ -511,16 +511,21 @@ static void emit_compare_if(struct emit *e, const struct uop *u, uint32_t arg) {
 /* ---- Branches ---------------------------------------------------------------------------------------------------- */
 
 static void emit_b(struct emit *e, const struct uop *u, uint32_t arg) {
-    if (arg) { /* BL */
-        need_flags(e);
+    int32_t target = pc_base(e, u) + (int32_t)u->imm;
+    if (arg) /* BL */
         lea(e, 1, def(e, 30), PAGE, page_offset(e, u) + 4);
-    }
-    leave_to(e, u, pc_base(e, u) + (int32_t)u->imm);
+    if (u < &e->block->uops[e->block->count - 1] && next_offset(e, u) == target)
+        return;
+    leave_to(e, u, target);
     e->ended = true;
 }
 
 static void branch_if(struct emit *e, const struct uop *u, unsigned holds) {
-    side_exit(e, u, jcc(e, holds), pc_base(e, u) + (int32_t)u->imm);
+    int32_t target = pc_base(e, u) + (int32_t)u->imm, next = page_offset(e, u) + 4;
+    if (next_offset(e, u) == target && target != next)
+        side_exit(e, u, jcc(e, holds ^ 1), next);
+    else
+        side_exit(e, u, jcc(e, holds), target);
 }
 
 static void emit_b_cond(struct emit *e, const struct uop *u, uint32_t arg) {
@@ -554,7 +559,7 @@ static void emit_tbz(struct emit *e, const struct uop *u, uint32_t arg) {
 }
 
 static void emit_br(struct emit *e, const struct uop *u, uint32_t arg) {
-    need_flags(e);
+    need_flags(e); /* before RAX is taken */
     mov(e, 1, RAX, use(e, u->rn));
     if (arg) /* BLR */
         lea(e, 1, def(e, 30), PAGE, page_offset(e, u) + 4);
@@ -670,7 +675,7 @@ const struct emitter jit_x64_int[] = {
     WIDTHS(ccmp, _imm, emit_compare_if, ARG(0, SUB, 1, 0), USES | SETS | NO_RD),
     WIDTHS(ccmn, _imm, emit_compare_if, ARG(0, ADD, 1, 0), USES | SETS | NO_RD),
     {p_b, emit_b, 0, TRAPS | ENDS | KEEPS | NO_RD},
-    {p_bl, emit_b, 1, TRAPS | ENDS | KEEPS | NO_RD},
+    {p_bl, emit_b, 1, TRAPS | ENDS | KEEPS | NO_RD | LINKS},
     {p_b_cond, emit_b_cond, 0, USES | TRAPS | ENDS | KEEPS | NO_RD},
     {p_cbz32, emit_cbz, 0, TRAPS | ENDS | NO_RD},
     {p_cbz64, emit_cbz, WIDE, TRAPS | ENDS | NO_RD},
@@ -679,7 +684,7 @@ const struct emitter jit_x64_int[] = {
     {p_tbz, emit_tbz, 0, TRAPS | ENDS | NO_RD},
     {p_tbnz, emit_tbz, INVERTED, TRAPS | ENDS | NO_RD},
     {p_br, emit_br, 0, TRAPS | ENDS | KEEPS | NO_RD},
-    {p_blr, emit_br, 1, TRAPS | ENDS | KEEPS | NO_RD},
+    {p_blr, emit_br, 1, TRAPS | ENDS | KEEPS | NO_RD | LINKS},
     {p_nop, emit_nothing, 0, KEEPS | NO_RD},
     {p_dmb, emit_barrier, 0, NO_RD},
     {p_mrs_tpidr_el0, emit_mrs_plain, AT(sys.tpidr_el0), KEEPS},

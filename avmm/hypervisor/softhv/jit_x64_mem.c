@@ -296,9 +296,8 @@ void plan_accesses(struct emit *e) {
         } else {
             from = NO_GUEST;
         }
-        for (unsigned r = 0; r < R_COUNT; r++)
-            if (e->writes[i] >> r & 1)
-                root[r] = 0;
+        for (uint64_t written = e->writes[i]; written; written &= written - 1)
+            root[__builtin_ctzll(written)] = 0;
         if (from != NO_GUEST && from < R_ZR && constant > -(1 << 20) && constant < 1 << 20) {
             root[from] = new_root;
             distance[from] = constant;

@@ -168,9 +168,9 @@ static inline bool in_half(uint64_t va, unsigned half) { return va != TLB_NONE &
 static void jump_clear(struct vcpu *c, unsigned el, unsigned first, unsigned count) {
     struct jump_entry *jump = c->jump[el];
     memset(&jump[first], 0xff, count * sizeof *jump);
-    unsigned own = jump_index(UINT64_MAX);
+    unsigned own = jump_index(UINT64_MAX) & ~1u;
     if (own - first < count)
-        jump[own].pc = UINT64_MAX - 4; /* of another index */
+        jump[own].pc = jump[own + 1].pc = UINT64_MAX - 8; /* of another index */
     c->link_gen[el] += 2;
     c->link_now = c->link_gen[c->el];
 }

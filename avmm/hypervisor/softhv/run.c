@@ -186,6 +186,8 @@ static void poll(struct vcpu *c) {
 
 const struct uop *next_block(struct vcpu *c) {
     const struct jump_entry *jump = &c->jump[c->el][jump_index(c->pc)];
+    if (unlikely(jump->pc != c->pc))
+        jump = &c->jump[c->el][jump_index(c->pc) ^ 1];
     if (unlikely(jump->pc != c->pc || c->budget <= 0 ||
                  atomic_load_explicit(&c->poll, memory_order_relaxed) & POLL_NOW))
         return NULL;
@@ -200,14 +202,18 @@ const struct uop *next_block(struct vcpu *c) {
 
 /* The block at c->pc, in the jump cache. NULL: it is elsewhere now (an exception, a tag), or the host is asked. */
 static struct jump_entry *find_block(struct vcpu *c) {
-    struct jump_entry *jump = &c->jump[c->el][jump_index(c->pc)];
+    struct jump_entry *row = c->jump[c->el], *jump = &row[jump_index(c->pc)], *other = &row[jump_index(c->pc) ^ 1];
     if (jump->pc == c->pc && jump->block->pa != BLOCK_DROPPED)
         return jump;
+    if (other->pc == c->pc && other->block->pa != BLOCK_DROPPED)
+        return other;
     uint64_t pc = c->pc, pa;
     const uint8_t *host;
     if (!mmu_fetch(c, &pa, &host) || c->pc != pc)
         return NULL;
     struct block *block = code_block(c, pa, host);
+    if (jump->pc != pc && !(jump->pc & 3)) /* not empty */
+        *other = *jump;
     *jump = (struct jump_entry){pc, block, block->code};
     c->jump_half[c->el][pc >> 55 & 1] = true;
     return jump;
