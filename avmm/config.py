@@ -245,6 +245,33 @@ def share_config(share: ShareLike) -> ShareConfig:
     return share if isinstance(share, ShareConfig) else ShareConfig.parse(share)
 
 
+@dataclass(frozen=True, slots=True)
+class VsockConfig:
+    """A guest that connects to ``port`` of the host (CID 2) by vsock reaches the Unix socket ``path``."""
+
+    port: int
+    path: Path
+
+    @classmethod
+    def parse(cls, text: str) -> VsockConfig:
+        """``PORT=SOCKET``. Raises ConfigError."""
+        port, _, path = text.partition("=")
+        if not port.isdecimal() or int(port) >= 0xFFFFFFFF or not path:
+            raise ConfigError(f"{text!r} is no vsock port; write it like 1234=/path/of/a/unix/socket")
+        return cls(int(port), Path(path))
+
+
+def vsock_configs(vsock: bool | Sequence[str | VsockConfig]) -> tuple[VsockConfig, ...] | None:
+    """What ``vsock`` names: ports with their sockets, True: a device without any; None for no device. Raises
+    ConfigError."""
+    if isinstance(vsock, bool):
+        return () if vsock else None
+    found = tuple(VsockConfig.parse(each) if isinstance(each, str) else each for each in vsock)
+    if len({each.port for each in found}) < len(found):
+        raise ConfigError("a vsock port reaches one socket")
+    return found or None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmConfig:
     """One virtual machine, resolved. ``memory`` is in bytes; ``ports`` are names of virtio console ports.
@@ -265,6 +292,7 @@ class VmConfig:
     nets: tuple[NetConfig, ...] = ()
     publish: tuple[PublishConfig, ...] = ()
     shares: tuple[ShareConfig, ...] = ()
+    vsock: tuple[VsockConfig, ...] | None = None
     agent: str | None = None
 
     @property
@@ -291,6 +319,7 @@ class VmConfig:
         publish: Sequence[str | PublishConfig] = (),
         pcap: str | os.PathLike[str] | None = None,
         shares: Sequence[ShareLike] = (),
+        vsock: bool | Sequence[str | VsockConfig] = False,
         agent: bool = False,
     ) -> VmConfig:
         """Check everything that can be checked without opening a file. Raises ConfigError.
@@ -342,6 +371,7 @@ class VmConfig:
             nets=nets,
             publish=published,
             shares=tuple(map(share_config, shares)),
+            vsock=vsock_configs(vsock),
             agent=first,
         )
         if len(config.bootargs) > CMDLINE_MAX:

@@ -28,10 +28,12 @@ from avmm.attachments.drive import DriveAttachment
 from avmm.attachments.net import NetAttachment, Network
 from avmm.attachments.ports import PortsAttachment
 from avmm.attachments.share import ShareAttachment
+from avmm.attachments.vsock import VsockAttachment
 from avmm.backends.drive import Drive
 from avmm.backends.port import Port
 from avmm.backends.serial import SerialLine
 from avmm.backends.share.server import Share
+from avmm.backends.vsock.host import VsockHost
 from avmm.board import Board
 from avmm.bootloader.image import load_kernel, read_file
 from avmm.bootloader.initrd import with_agent
@@ -45,6 +47,7 @@ from avmm.config import (
     PublishConfig,
     ShareLike,
     VmConfig,
+    VsockConfig,
     drive_config,
     net_configs,
     share_config,
@@ -359,6 +362,14 @@ class VirtualMachine(Commands):
         self.config = replace(self.config, shares=(*self.config.shares, share_config(share)))
 
     @property
+    def vsock(self) -> VsockHost:
+        """Sockets between guest and host that need no network. Raises ConfigError when there is no such device."""
+        found = self._all(VsockAttachment)
+        if not found:
+            raise ConfigError("this VM has no vsock (vsock=True, or sockets as for --vsock), or has not been started")
+        return found[0].host
+
+    @property
     def ports(self) -> dict[str, Port]:
         """The host's ends of the virtio console's ports, by name; none before the VM is started."""
         return {name: port for each in self._all(PortsAttachment) for name, port in each.ports.items()}
@@ -625,6 +636,7 @@ def boot(
     publish: Sequence[str | PublishConfig] = (),
     pcap: str | os.PathLike[str] | None = None,
     shares: Sequence[ShareLike] = (),
+    vsock: bool | Sequence[str | VsockConfig] = False,
     keep_output: int | None = None,
     monitor: bool = False,
     trace: str | os.PathLike[str] | None = None,
@@ -637,6 +649,7 @@ def boot(
     default kernel command line, ``cmdline`` replaces it; ``reboot=False`` ends the VM when the guest resets;
     ``drives`` are disks: paths with options as for ``--drive``, or DriveConfig; they are ``vm.drives`` then.
     ``shares`` are folders of the host: paths with options as for ``--share``, or ShareConfig.
+    ``vsock``: ports with their sockets, as for ``--vsock``, or True; ``vm.vsock`` then.
     ``ports`` names ports of a virtio console, ``vm.ports`` then: a terminal (``hvc0``) or any other name, a channel.
     ``net`` is a network or several: a Switch, text as for ``--net``; ``vm.nets`` then, the first is ``vm.net``.
     ``publish`` lists ports of the guest's as for ``--publish``; ``pcap`` names a file that records the first network.
@@ -661,6 +674,7 @@ def boot(
         publish=publish,
         pcap=pcap,
         shares=shares,
+        vsock=vsock,
         agent=agent,
     )
 

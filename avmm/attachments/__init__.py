@@ -13,6 +13,7 @@ from avmm.attachments.net import NetAttachment
 from avmm.attachments.ports import PortsAttachment
 from avmm.attachments.rng import RngAttachment
 from avmm.attachments.share import ShareAttachment
+from avmm.attachments.vsock import VsockAttachment
 from avmm.bootloader.machine import VIRTIO_SLOTS
 from avmm.config import VmConfig
 from avmm.errors import AvmmError, ConfigError
@@ -34,6 +35,8 @@ def attachments_of(config: VmConfig) -> list[Attachment]:
     given += [ShareAttachment(each) for each in config.shares]
     if config.agent is not None:
         given.append(AgentAttachment())
+    if config.vsock is not None:
+        given.append(VsockAttachment(config.vsock))
     if len(given) > VIRTIO_SLOTS:
         raise ConfigError(f"a VM has room for {VIRTIO_SLOTS} virtio devices, not {len(given)}")
     return given
@@ -65,7 +68,7 @@ def describe_all(config: VmConfig) -> dict[str, list[Any]]:
     attachments = attachments_of(config)
     open_all(attachments)
     try:
-        sections: dict[str, list[Any]] = {"drives": [], "nets": [], "ports": [], "shares": []}
+        sections: dict[str, list[Any]] = {"drives": [], "nets": [], "ports": [], "shares": [], "vsock": []}
         for each in attachments:
             if each.section:
                 sections.setdefault(each.section, []).extend(each.describe())

@@ -10,11 +10,12 @@ from typing import Any, Protocol
 
 from avmm.attachments.base import Attachment
 from avmm.backends.cable import Cable
+from avmm.backends.flow.streams import Handler, Streams
 from avmm.backends.pcap import Pcap
 from avmm.backends.stream import Stream
 from avmm.backends.tap import Tap
 from avmm.backends.usernet.dns import Names
-from avmm.backends.usernet.network import Forward, Handler, Streams, UserNetwork
+from avmm.backends.usernet.network import Forward, UserNetwork
 from avmm.config import NetConfig, PublishConfig
 from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.transport import VirtioDevice

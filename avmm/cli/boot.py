@@ -44,6 +44,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--share", metavar="DIR[:TAG][:rw][:cache=SECONDS]", action="append", default=[], dest="shares",
         help="a folder, /mnt/TAG in the fetched initrd; read-only unless rw (repeat for more)",
     )  # fmt: skip
+    p.add_argument(
+        "--vsock", metavar="PORT=SOCKET", action="append", default=[],
+        help="let the guest reach the unix socket SOCKET as port PORT of CID 2 (repeat for more)",
+    )  # fmt: skip
     p.add_argument("--timeout", metavar="SECONDS", type=_seconds, help="end with exit code 124 after this long")
     p.add_argument("--no-reboot", action="store_true", help="exit when the guest resets instead of rebooting it")
     p.add_argument("--dump-dtb", metavar="FILE", help="write the device tree to FILE and exit")
@@ -83,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
         publish=args.publish,
         pcap=args.pcap,
         shares=args.shares,
+        vsock=args.vsock,
     )
     if args.dry_run:
         import json

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from avmm.devices.virtio.fs import Fs
 from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.rng import Rng
 from avmm.devices.virtio.transport import VIRTIO_MMIO_SIZE, VirtioDevice, VirtioMmio
+from avmm.devices.virtio.vsock import Vsock
 from avmm.memory import GuestMemory, Region
 
 SIZES = (1, 2, 4, 8)
@@ -209,7 +211,25 @@ def fs() -> Subject:
     return _virtio(Fs(Served(), "tag"))
 
 
-VIRTIO = [rng, blk, console, net, fs]
+class Silent:
+    """A vsock protocol that no register ever reaches either."""
+
+    def __init__(self) -> None:
+        self.cid = 3
+        self.output: deque[object] = deque()
+        self.on_output: Callable[[], None] = lambda: None
+
+    def packet(self, header: bytes, payload: memoryview) -> None:
+        raise AssertionError
+
+    def reset(self) -> None: ...
+
+
+def vsock() -> Subject:
+    return _virtio(Vsock(Silent()))
+
+
+VIRTIO = [rng, blk, console, net, fs, vsock]
 SUBJECTS = [distributor, redistributors, system_registers, pl011, pl031, *VIRTIO]
 Make = Callable[[], Subject]
 

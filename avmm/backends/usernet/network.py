@@ -18,25 +18,20 @@ import itertools
 import os
 import socket
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final
 
+from avmm.backends.flow.splice import Dialling, Place, Splice
+from avmm.backends.flow.streams import Handler, Streams, answer, open_streams, reached
 from avmm.backends.usernet import dns
 from avmm.backends.usernet.datagrams import Datagrams
 from avmm.backends.usernet.packet import address, name
 from avmm.backends.usernet.plan import Plan
-from avmm.backends.usernet.splice import Dialling, Splice
 from avmm.backends.usernet.stack import Address, Stack
-from avmm.backends.usernet.streams import GuestTransport, open_streams
 from avmm.backends.usernet.tcp import Connection
-from avmm.errors import ConfigError, GuestGone, HostError, WaitTimeout
+from avmm.errors import ConfigError, GuestGone, HostError
 from avmm.link import End, Frame
-from avmm.log import log
-
-Streams: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-#: What answers guests: an asyncio streams handler.
-Handler: TypeAlias = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 #: Frames that wait for room in the guest: so many, and datagrams are lost; so many, and anything is.
 _WAITING_MAX: Final = 4096
@@ -143,27 +138,11 @@ class UserNetwork:
         Raises ConnectionRefusedError when nobody listens, WaitTimeout, GuestGone when the guest is gone.
         """
         loop = self._running()
-        established: asyncio.Future[None] = loop.create_future()
         connection = self._dial(port)
-        reader, writer = open_streams(
-            loop, lambda protocol: GuestTransport(loop, self._pump, connection, protocol, established)
-        )
-        transport = writer.transport
-        assert isinstance(transport, GuestTransport)
+        reader, writer, transport, established = open_streams(loop, self._pump, connection, _names(connection))
         connection.connect(transport, loop.time())
         self._pump()
-        try:
-            async with asyncio.timeout(timeout):
-                await established
-        except TimeoutError:
-            raise WaitTimeout(f"the guest has not answered at port {port}", elapsed=timeout or 0.0) from None
-        except ConnectionError as error:
-            if self._loop is None:
-                raise GuestGone(f"the guest is gone; its port {port} was not reached") from None
-            raise ConnectionRefusedError(errno.ECONNREFUSED, f"the guest refuses port {port}") from error
-        finally:
-            if not established.done() or established.cancelled() or established.exception() is not None:
-                transport.abort()
+        await reached(established, transport, port, timeout, lambda: self._loop is not None)
         return reader, writer
 
     @property
@@ -180,17 +159,13 @@ class UserNetwork:
         assert tasks is not None
         handler = self._served.get(connection.local)
         if handler is not None:
-            established: asyncio.Future[None] = loop.create_future()
-            reader, writer = open_streams(
-                loop, lambda protocol: GuestTransport(loop, self._pump, connection, protocol, established)
-            )
-            assert isinstance(writer.transport, GuestTransport)
-            connection.accept(writer.transport, loop.time())
-            tasks.create_task(self._answer(established, handler, reader, writer))
+            reader, writer, transport, established = open_streams(loop, self._pump, connection, _names(connection))
+            connection.accept(transport, loop.time())
+            tasks.create_task(answer(established, handler, reader, writer))
         else:
             places = self._places(connection.local, udp=False)
             if places:
-                Dialling(loop, self._pump, connection, places)
+                Dialling(loop, self._pump, connection, [_place(each) for each in places])
             else:
                 connection.refuse()
 
@@ -215,27 +190,6 @@ class UserNetwork:
         if self._plan.inside(host) or host[0] in (0, 127) or host[0] >= 224:
             return []
         return [(name(host), port)]
-
-    async def _answer(
-        self,
-        established: asyncio.Future[None],
-        handler: Handler,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-    ) -> None:
-        try:
-            await established
-            await handler(reader, writer)
-        except ConnectionError:
-            writer.transport.abort()
-        except Exception as error:
-            log.warning("usernet.handler_failed", error=repr(error))
-            writer.transport.abort()
-        except BaseException:
-            writer.transport.abort()
-            raise
-        finally:
-            writer.close()
 
     # Published ports.
 
@@ -325,6 +279,16 @@ class UserNetwork:
         if packed != self._plan.gateway:
             self.stack.aliases.add(packed)
         return packed
+
+
+def _names(connection: Connection) -> tuple[tuple[str, int], tuple[str, int]]:
+    """Both ends in words, ours first."""
+    local, remote = connection.local, connection.remote
+    return (name(local[0]), local[1]), (name(remote[0]), remote[1])
+
+
+def _place(where: tuple[str, int]) -> Place:
+    return (socket.AF_INET6 if ":" in where[0] else socket.AF_INET, where)
 
 
 def _listen(forward: Forward) -> socket.socket:

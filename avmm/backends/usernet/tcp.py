@@ -17,6 +17,7 @@ from collections.abc import Callable
 from enum import Enum, auto
 from typing import Final, Protocol
 
+from avmm.backends.flow.endpoint import Endpoint
 from avmm.backends.usernet.packet import TCP_DATA_AT, Octets, TcpHeader
 
 FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
@@ -50,30 +51,6 @@ class State(Enum):
     OPEN = auto()
     TIME_WAIT = auto()
     CLOSED = auto()
-
-
-class Endpoint(Protocol):
-    """Who uses a connection. Called from within the stack; may call the connection."""
-
-    def opened(self) -> None:
-        """A connection we asked for is established."""
-        ...
-
-    def received(self, data: memoryview) -> int:
-        """The next bytes; how many have been taken. The rest is kept: see :meth:`Connection.waiting`."""
-        ...
-
-    def ended(self) -> None:
-        """No more bytes will come, all there were have been taken."""
-        ...
-
-    def room(self) -> None:
-        """There is room to send, after :attr:`Connection.wants_room` was set."""
-        ...
-
-    def closed(self, reset: bool) -> None:
-        """The connection is over, either by both ends (``reset`` is False) or broken."""
-        ...
 
 
 class Wire(Protocol):
@@ -116,6 +93,9 @@ class Connection:
 
     All times are seconds of any clock that only goes forward. Sequence numbers are 32 bits and wrap.
     """
+
+    head = TCP_DATA_AT
+    largest = SEGMENT_MAX
 
     def __init__(
         self,

@@ -1,38 +1,42 @@
-"""A guest's TCP connection as asyncio streams: this program is the other end, with no socket between."""
+"""A guest's connection as asyncio streams: this program is the other end, with no socket between."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any, Final
+import errno
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeAlias
 
-from avmm.backends.usernet.packet import TCP_DATA_AT, name
-from avmm.backends.usernet.tcp import SEGMENT_MAX, Connection
+from avmm.backends.flow.endpoint import Flow
+from avmm.errors import GuestGone, WaitTimeout
+from avmm.log import log
+
+Streams: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+#: What answers guests: an asyncio streams handler.
+Handler: TypeAlias = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 #: Bytes written and not sent yet at which a writer has to wait.
 _HIGH_WATER: Final = 256 << 10
+_PIECE: Final = 64 << 10
 
 
 class GuestTransport(asyncio.Transport):
-    """A transport over a connection, and the connection's endpoint (:class:`avmm.backends.usernet.tcp.Endpoint`).
+    """A transport over a connection, and the connection's endpoint (:class:`avmm.backends.flow.endpoint.Endpoint`).
 
-    ``established`` is resolved when the guest has answered, or will not.
+    ``established`` is resolved when the guest has answered, or will not; ``names`` are the addresses of both ends, ours
+    first.
     """
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         pump: Callable[[], None],
-        connection: Connection,
+        connection: Flow,
         protocol: asyncio.Protocol,
         established: asyncio.Future[None],
+        names: tuple[tuple[Any, int], tuple[Any, int]],
     ) -> None:
-        super().__init__(
-            {
-                "peername": (name(connection.remote[0]), connection.remote[1]),
-                "sockname": (name(connection.local[0]), connection.local[1]),
-            }
-        )
+        super().__init__({"peername": names[1], "sockname": names[0]})
         self._loop = loop
         self._pump = pump
         self._connection = connection
@@ -72,11 +76,11 @@ class GuestTransport(asyncio.Transport):
         outbox, connection = self._outbox, self._connection
         sent = 0
         while sent < len(outbox):
-            room = min(connection.room(), SEGMENT_MAX)
+            room = min(connection.room(), connection.largest)
             if not room:
                 connection.want_room(self._loop.time())
                 break
-            connection.send(bytearray(TCP_DATA_AT) + outbox[sent : sent + room], self._loop.time())
+            connection.send(bytearray(connection.head) + outbox[sent : sent + room], self._loop.time())
             sent += room
         del outbox[:sent]
         if self._writing_paused and len(outbox) < _HIGH_WATER // 4:
@@ -138,7 +142,7 @@ class GuestTransport(asyncio.Transport):
         self._reading_paused = False
         connection = self._connection
         while connection.waiting and not self._reading_paused and not self._gone:
-            piece = bytes(connection.waiting[:SEGMENT_MAX])
+            piece = bytes(connection.waiting[:_PIECE])
             self._protocol.data_received(piece)
             connection.taken(len(piece), self._loop.time())
         self._pump()
@@ -184,11 +188,60 @@ class GuestTransport(asyncio.Transport):
 
 
 def open_streams(
-    loop: asyncio.AbstractEventLoop, make: Callable[[asyncio.Protocol], GuestTransport]
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """(reader, writer) over the transport that ``make`` gives a protocol."""
+    loop: asyncio.AbstractEventLoop,
+    pump: Callable[[], None],
+    connection: Flow,
+    names: tuple[tuple[Any, int], tuple[Any, int]],
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, GuestTransport, asyncio.Future[None]]:
+    """(reader, writer, the transport below them, what is resolved when the connection stands)."""
     reader = asyncio.StreamReader(loop=loop)
     protocol: Any = asyncio.StreamReaderProtocol(reader, loop=loop)
-    transport = make(protocol)
+    established: asyncio.Future[None] = loop.create_future()
+    transport = GuestTransport(loop, pump, connection, protocol, established, names)
     protocol.connection_made(transport)
-    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop), transport, established
+
+
+async def reached(
+    established: asyncio.Future[None],
+    transport: GuestTransport,
+    port: int,
+    timeout: float | None,
+    running: Callable[[], bool],
+) -> None:
+    """Wait until the guest has accepted the connection to its ``port``; whatever else comes, it is over then.
+
+    Raises WaitTimeout, ConnectionRefusedError, GuestGone.
+    """
+    try:
+        async with asyncio.timeout(timeout):
+            await established
+    except TimeoutError:
+        raise WaitTimeout(f"the guest has not answered at port {port}", elapsed=timeout or 0.0) from None
+    except ConnectionError as error:
+        if not running():
+            raise GuestGone(f"the guest is gone; its port {port} was not reached") from None
+        raise ConnectionRefusedError(errno.ECONNREFUSED, f"the guest refuses port {port}") from error
+    finally:
+        if not established.done() or established.cancelled() or established.exception() is not None:
+            transport.abort()
+
+
+async def answer(
+    established: asyncio.Future[None], handler: Handler, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    """Let ``handler`` answer a guest that has connected; the connection is closed when it returns, or broken when it
+    fails."""
+    try:
+        await established
+        await handler(reader, writer)
+    except ConnectionError:
+        writer.transport.abort()
+    except Exception as error:
+        log.warning("guest.handler_failed", error=repr(error))
+        writer.transport.abort()
+    except BaseException:
+        writer.transport.abort()
+        raise
+    finally:
+        writer.close()

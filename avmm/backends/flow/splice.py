@@ -1,4 +1,4 @@
-"""A guest's TCP connection and a socket of the host's, joined: what comes out of one goes into the other.
+"""A guest's connection and a socket of the host's, joined: what comes out of one goes into the other.
 
 Neither side is read unless the other one can take it: from the socket straight into the buffer of a frame, from a
 frame straight into the socket. Nothing else is kept.
@@ -11,24 +11,26 @@ import errno
 import socket
 import struct
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final, TypeAlias
 
-from avmm.backends.usernet.packet import TCP_DATA_AT
-from avmm.backends.usernet.tcp import SEGMENT_MAX, Connection
+from avmm.backends.flow.endpoint import Flow
 
-#: Segments read from a socket before others have their turn.
+#: Where a socket is to be connected to: an address family, and an address of it.
+Place: TypeAlias = tuple[int, Any]
+
+#: Pieces read from a socket before others have their turn.
 _TURN: Final = 8
 _RESET: Final = struct.pack("ii", 1, 0)  # struct linger: closing sends RST
 
 
 class Splice:
-    """An endpoint (:class:`avmm.backends.usernet.tcp.Endpoint`) over a socket that does not block; owns it.
+    """An endpoint (:class:`avmm.backends.flow.endpoint.Endpoint`) over a socket that does not block; owns it.
 
-    ``pump`` is called when the stack may have something to send that no frame of the guest's has caused.
+    ``pump`` is called when there may be something to send that nothing from the guest has caused.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, pump: Callable[[], None], connection: Connection, sock: socket.socket
+        self, loop: asyncio.AbstractEventLoop, pump: Callable[[], None], connection: Flow, sock: socket.socket
     ) -> None:
         self._loop = loop
         self._pump = pump
@@ -113,10 +115,11 @@ class Splice:
                 self._stop_reading()
                 connection.want_room(now)
                 return
-            buffer = bytearray(TCP_DATA_AT + min(room, SEGMENT_MAX))
+            head = connection.head
+            buffer = bytearray(head + min(room, connection.largest))
             try:
                 with memoryview(buffer) as view:
-                    count = sock.recv_into(view[TCP_DATA_AT:])
+                    count = sock.recv_into(view[head:])
             except BlockingIOError:
                 break
             except OSError:
@@ -127,8 +130,8 @@ class Splice:
                 self._stop_reading()
                 connection.shutdown(now)
                 return
-            short = TCP_DATA_AT + count < len(buffer)
-            del buffer[TCP_DATA_AT + count :]
+            short = head + count < len(buffer)
+            del buffer[head + count :]
             connection.send(buffer, now)
             if short:
                 break
@@ -157,8 +160,8 @@ class Dialling:
         self,
         loop: asyncio.AbstractEventLoop,
         pump: Callable[[], None],
-        connection: Connection,
-        places: Sequence[tuple[str, int]],
+        connection: Flow,
+        places: Sequence[Place],
     ) -> None:
         self._loop = loop
         self._pump = pump
@@ -170,14 +173,13 @@ class Dialling:
 
     def _next(self) -> None:
         while self._places:
-            host, port = self._places.pop(0)
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            family, place = self._places.pop(0)
             try:
                 sock = socket.socket(family, socket.SOCK_STREAM)
             except OSError:
                 break  # no more files, or no such family
             sock.setblocking(False)
-            code = sock.connect_ex((host, port))
+            code = sock.connect_ex(place)
             if code == 0:
                 self._succeed(sock)
                 return
@@ -201,7 +203,8 @@ class Dialling:
         self._pump()
 
     def _succeed(self, sock: socket.socket) -> None:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._connection.accept(Splice(self._loop, self._pump, self._connection, sock), self._loop.time())
 
     def closed(self, reset: bool) -> None:
