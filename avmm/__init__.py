@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from avmm.guest.console import Console
     from avmm.guest.exec import CommandFailed, Completed
     from avmm.guest.process import Process
-    from avmm.vm import Outcome, VirtualMachine, boot
+    from avmm.vm import Outcome, VirtualMachine, boot, restore
 
 __version__ = "0.1.0"
 
@@ -56,11 +56,13 @@ __all__ = [
     "VmConfig",
     "WaitTimeout",
     "boot",
+    "restore",
 ]
 
 # Names are looked up when first used, so that `import avmm` loads no engine, parser or event loop.
 _HOMES = {
     "boot": "avmm.vm",
+    "restore": "avmm.vm",
     "Outcome": "avmm.vm",
     "VirtualMachine": "avmm.vm",
     "VmConfig": "avmm.config",

@@ -127,9 +127,32 @@ class FrozenRam:
             yield page[0], page[1], len(page[1])
             page = next(pages, None)
 
+    def read(self, offset: int, length: int) -> bytes:
+        """What the file has."""
+        return os.pread(self.file.fd, length, self.file.offset + offset)
+
     def close(self) -> None:
         """Let go of the file."""
         self.file.release()
+
+
+class LiveRam:
+    """RAM that cannot be frozen, read while nobody writes to it. Like FrozenRam, but not to be mapped."""
+
+    def __init__(self, buffer: mmap.mmap) -> None:
+        self.size = len(buffer)
+        self._buffer = buffer
+
+    def spans(self) -> Iterator[tuple[int, bytes | None, int]]:
+        """See FrozenRam: all of it."""
+        yield 0, None, self.size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """See FrozenRam."""
+        return self._buffer[offset : offset + length]
+
+    def close(self) -> None:
+        """See FrozenRam."""
 
 
 class Ram:

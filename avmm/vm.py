@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -64,7 +65,8 @@ from avmm.hypervisor.base import ExitKind
 from avmm.log import log
 from avmm.memory import GuestMemory, Region
 from avmm.monitor import Monitor
-from avmm.ram import Ram
+from avmm.ram import LiveRam, Ram
+from avmm.snapshot import store
 from avmm.snapshot.origin import Images, MachineState, Origin
 from avmm.trace import Trace
 from avmm.vcpu import sysregs
@@ -164,7 +166,7 @@ class VirtualMachine(Commands):
             attachments = attachments_of(config) if origin is None else origin.attachments
             await asyncio.to_thread(open_all, attachments)
             self._attachments = attachments
-            self._ram = Ram(config.memory, None if origin is None else origin.ram)
+            self._ram = Ram(config.memory, None if origin is None else origin.image)
             region = Region(RAM_BASE, self._ram.buffer)
             self._memory.add(region)
             hypervisor.map(region)
@@ -258,8 +260,37 @@ class VirtualMachine(Commands):
 
     async def _twin(self) -> VirtualMachine:
         async with self._still():
+            if not self._can_fork:
+                raise ConfigError(f"{self._engine} runs one VM in a process: fork with --engine softhv")
             origin = await self._capture()
         return VirtualMachine(self.config, origin=origin, keep_output=self._keep_output)
+
+    async def snapshot(self, path: str | os.PathLike[str]) -> None:
+        """Write this VM as it is now to the file ``path``, from which :func:`restore` and ``avmm restore`` go on.
+
+        The VM stands still for some milliseconds, on Apple's framework for as long as the writing takes. Disks that may
+        be written to are in the file with all they hold, ``ro`` and ``snapshot`` ones refer to theirs, which must not
+        change. The file appears when it is complete. Raises ConfigError for a path that cannot be, HostError when it
+        cannot be written, and else as :meth:`fork`.
+        """
+        async with contextlib.AsyncExitStack() as pause:
+            await pause.enter_async_context(self._still())
+            origin = await self._capture()
+            try:
+                if self._can_fork:
+                    await pause.aclose()
+                config = replace(self.config, engine=self._engine) if self.config.engine == "auto" else self.config
+                await store.write(origin, config, Path(path))
+            finally:
+                origin.close()
+
+    @property
+    def _engine(self) -> str:
+        return "" if self._hypervisor is None else self._hypervisor.capabilities.name
+
+    @property
+    def _can_fork(self) -> bool:
+        return self._hypervisor is not None and self._hypervisor.capabilities.many_vms
 
     @contextlib.asynccontextmanager
     async def _still(self) -> AsyncIterator[None]:
@@ -279,8 +310,6 @@ class VirtualMachine(Commands):
         board, ram, hypervisor = self._board, self._ram, self._hypervisor
         if self._outcome is not None or board is None or ram is None or hypervisor is None:
             raise GuestGone("the VM has ended, and there is nothing to fork")
-        if not hypervisor.capabilities.many_vms:
-            raise ConfigError(f"{hypervisor.capabilities.name} runs one VM in a process: fork with --engine softhv")
         if not all(vcpu.exists for vcpu in self._vcpus):
             raise GuestGone("the guest is powering off or resetting: there is nothing to fork")
         # The vCPUs first: to save one may raise its timer's interrupt.
@@ -291,7 +320,8 @@ class VirtualMachine(Commands):
         attachments: list[Attachment] = []
         try:
             attachments += (each.fork() for each in self._attachments)
-            return Origin(state, ram.freeze(), attachments, self._images)
+            memory = ram.freeze() if self._can_fork else LiveRam(ram.buffer)
+            return Origin(state, memory, attachments, self._images)
         except BaseException:
             close_all(attachments)
             raise
@@ -599,7 +629,7 @@ class VirtualMachine(Commands):
 
 
 class Booting:
-    """What :func:`boot` and :meth:`VirtualMachine.fork` return: await it, or ``async with`` it."""
+    """What :func:`boot`, :func:`restore` and :meth:`VirtualMachine.fork` return: await it, or ``async with`` it."""
 
     def __init__(self, make: Callable[[], Awaitable[VirtualMachine]]) -> None:
         self._make = make
@@ -680,6 +710,28 @@ def boot(
 
     async def make() -> VirtualMachine:
         return VirtualMachine(config, keep_output=keep_output, monitor=monitor, trace=trace)
+
+    return Booting(make)
+
+
+def restore(
+    path: str | os.PathLike[str],
+    *,
+    keep_output: int | None = None,
+    monitor: bool = False,
+    trace: str | os.PathLike[str] | None = None,
+) -> Booting:
+    """The machine in a file that :meth:`VirtualMachine.snapshot` wrote: ``async with avmm.restore(path) as vm: ...``
+
+    It goes on from that moment, as often as you like; what it writes to its disks is forgotten when it ends. Its time
+    goes on from where it stood. Memory is read when it is used: the file must not be written to meanwhile. Restore only
+    what you trust as you would trust the guest, for the file names others. Raises ImageError for a file that is not
+    whole, or not ours, and else as :func:`boot`.
+    """
+
+    async def make() -> VirtualMachine:
+        config, origin = store.load(Path(path))  # it is short
+        return VirtualMachine(config, origin=origin, keep_output=keep_output, monitor=monitor, trace=trace)
 
     return Booting(make)
 

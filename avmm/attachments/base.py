@@ -6,6 +6,7 @@ from typing import Any
 
 from avmm.devices.virtio.transport import VirtioDevice
 from avmm.errors import ConfigError
+from avmm.snapfile import Reader, Writer
 
 
 class Attachment:
@@ -36,6 +37,14 @@ class Attachment:
         """One for a twin of the machine, which stands still meanwhile; its device is to go on from this one's state.
         Opened or closed by the caller. Raises ConfigError where there can be none."""
         raise ConfigError(f"a VM with {self.section or type(self).__name__} cannot be forked")
+
+    def store(self, writer: Writer, name: str) -> Any:
+        """What a snapshot needs of one that :meth:`fork` gave: plain data; what is large goes into a record of
+        ``writer`` named ``name``. May open it; closed by the caller. Blocks. Raises HostError."""
+        return None
+
+    def load(self, reader: Reader, stored: Any) -> None:
+        """Before it is opened: go on from what :meth:`store` gave. Raises ImageError."""
 
     def describe(self) -> list[Any]:
         """Between ``open`` and ``close``: plain data, to be shown as part of the list named :attr:`section`."""

@@ -15,7 +15,7 @@ import fcntl
 import os
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -159,6 +159,19 @@ class RawDisk:
         """See :class:`Disk`."""
         if not (_allocate(self._fd, _PUNCH_HOLE if unmap else _ZERO_RANGE, offset, length)):
             write_zeroes(self._fd, offset, length)
+
+    def written(self) -> Iterator[tuple[int, int]]:
+        """Where there may be something else than zeroes, as (offset, length)."""
+        at = 0
+        while at < self.size:
+            try:
+                start = os.lseek(self._fd, at, os.SEEK_DATA)
+                at = os.lseek(self._fd, start, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # nothing from here on
+                    return
+                start, at = at, self.size  # a file or a device that cannot tell
+            yield start, at - start
 
     def close(self) -> None:
         """See :class:`Disk`."""

@@ -16,19 +16,21 @@ import os
 import random
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 from avmm.backends.disk import SECTOR, Disk, open_disk
 from avmm.backends.moment import Moment, SharedDisk
+from avmm.backends.partial import PartialDisk, Span, held
 from avmm.backends.qcow2 import Qcow2
 from avmm.backends.threads import Threads
 from avmm.errors import ConfigError, ImageError
 from avmm.memory import split
 
 Op = Literal["read", "write", "flush", "discard", "any"]
+_PIECE: Final = 1 << 20
 _ERRORS: Final = {"io": errno.EIO, "nospace": errno.ENOSPC}
 
 
@@ -104,6 +106,17 @@ class Drive:
         else:
             self._disk = shared = _share(self._disk)
         return DriveMoment(shared.moment(), held)
+
+    def contents(self, *, whole: bool) -> Iterator[tuple[int, int, bytes]]:
+        """What it has beyond the file that it was made from, or ``whole``: beyond zeroes, for a snapshot.
+
+        Spans in order, each cut to pieces: (offset, bytes left of the span, content). Blocks. Raises OSError.
+        """
+        for offset, length in held(self._disk, whole=whole):
+            for at in range(0, length, _PIECE):
+                data = bytearray(min(_PIECE, length - at))
+                self._disk.readv(offset + at, [memoryview(data)])
+                yield offset + at, length - at, bytes(data)
 
     def close(self) -> None:
         """Store and close. Blocks until the disk has done it; nothing may be in flight."""
@@ -211,6 +224,29 @@ def open_drive(path: Path, kind: str | None, name: str, *, read_only: bool = Fal
     and what is written goes to a temporary one. Raises ImageError."""
     disk = open_disk(path, kind, read_only=read_only or snapshot)
     return Drive(_overlay(disk, path) if snapshot else disk, name)
+
+
+@dataclass(slots=True)
+class StoredDrive:
+    """A disk in a snapshot: ``spans`` of it lie in ``fd``, see PartialDisk; ``over``: the rest is what its file has."""
+
+    fd: int
+    at: int
+    size: int
+    spans: Sequence[Span]
+    over: bool
+
+    def open(self, path: Path, kind: str | None, name: str) -> Drive:
+        """A drive that goes on from it; what is written goes to a temporary file. Blocks. Raises ImageError."""
+        backing = open_disk(path, kind, read_only=True) if self.over else None
+        fd, self.fd = self.fd, -1
+        return Drive(_overlay(PartialDisk(fd, self.at, self.size, self.spans, backing), path), name)
+
+    def close(self) -> None:
+        """It is not wanted after all."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 @dataclass(slots=True)

@@ -149,14 +149,14 @@ class Moment:
     read_only = True
 
     def __init__(self, shared: SharedDisk, kept: _Kept) -> None:
-        self._shared = shared
+        self.shared = shared
         self._kept = kept
         self._closed = False
         self.size = shared.size
 
     def readv(self, offset: int, views: list[memoryview]) -> None:
         """See :class:`Disk`."""
-        disk = self._shared.disk
+        disk = self.shared.disk
         for place, at, length in self._pieces(offset, sum(map(len, views))):
             piece, views = split(views, length)
             if place is not None:
@@ -172,7 +172,7 @@ class Moment:
     def read_now(self, offset: int, views: list[memoryview]) -> bool:
         """See :class:`Disk`: only what nobody has written to since."""
         length = sum(map(len, views))
-        if not self._shared.disk.read_now(offset, views):
+        if not self.shared.disk.read_now(offset, views):
             return False
         return all(place is None for place, _, _ in self._pieces(offset, length))
 
@@ -195,12 +195,20 @@ class Moment:
         """See :class:`Disk`. Does nothing a second time."""
         if not self._closed:
             self._closed = True
-            self._shared.leave(self._kept)
+            self.shared.leave(self._kept)
+
+    def kept(self) -> list[tuple[int, int]]:
+        """Where the disk has been written to since, as (offset, length)."""
+        shared = self.shared
+        with shared.lock:
+            since = shared.kept[shared.kept.index(self._kept) :]
+            places = sorted({chunk for each in since for chunk in each.places})
+        return [(chunk * CHUNK, min(CHUNK, self.size - chunk * CHUNK)) for chunk in places]
 
     def _pieces(self, offset: int, length: int) -> list[tuple[tuple[int, int] | None, int, int]]:
         """The range in order, as (where it is kept: descriptor and offset, or None: on the disk; offset; length)."""
         found: list[tuple[tuple[int, int] | None, int, int]] = []
-        shared, end = self._shared, offset + length
+        shared, end = self.shared, offset + length
         with shared.lock:
             if self._kept.broken:
                 raise OSError(errno.EIO, "what the disk was has been lost: there was no room to keep it")

@@ -85,7 +85,8 @@ class _Table:
 class Qcow2:
     """The image in ``fd`` (closed with this object); ``path`` is for its backing file's name and for messages.
 
-    ``backing``: the disk behind it, where the caller knows better than the header. Raises ImageError.
+    ``backing``: the disk behind it, where the caller knows better than the header. ``temporary``: it was made in this
+    process, and is no file that anybody else could open. Raises ImageError.
     """
 
     _next: int  # the first cluster of the file that is free, as are all after it
@@ -98,6 +99,7 @@ class Qcow2:
         self._bits: int
         self._refcounts_at: int
         self.read_only = read_only
+        self.temporary = False
         self._lock = threading.Lock()  # the tables, in memory and in the file
         self._flushing = threading.Lock()
         self._tables: dict[int, _Table] = {}
@@ -153,7 +155,9 @@ class Qcow2:
         os.pwrite(fd, struct.pack(">Q", 2 * cluster), cluster)
         os.pwrite(fd, b"\0\1" * (3 + l1_clusters), 2 * cluster)
         os.ftruncate(fd, (3 + l1_clusters) * cluster)
-        return cls(fd, path, backing=backing)
+        made = cls(fd, path, backing=backing)
+        made.temporary = True
+        return made
 
     # What a disk does.
 
@@ -249,6 +253,16 @@ class Qcow2:
             os.close(self._fd)
             if self.backing is not None:
                 self.backing.close()
+
+    def allocated(self) -> Iterator[tuple[int, int]]:
+        """What it has itself and not from its backing file, as (offset, length)."""
+        for index in range(len(self._l1)):
+            with self._lock:
+                table = self._table(index)
+                entries = array("Q") if table is None else table.entries[:]
+            for number, entry in enumerate(entries, index * self._per_table):
+                if entry and number << self._bits < self.size:
+                    yield number << self._bits, min(self._cluster, self.size - (number << self._bits))
 
     # Reading.
 

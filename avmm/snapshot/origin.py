@@ -10,7 +10,7 @@ from avmm.board import BoardState
 from avmm.bootloader.image import Kernel
 from avmm.errors import ConfigError
 from avmm.guest.console import ConsoleState
-from avmm.ram import FrozenRam
+from avmm.ram import FrozenRam, LiveRam
 from avmm.vcpu.state import VcpuState
 
 VERSION: Final = 1
@@ -41,7 +41,7 @@ class Origin:
     """
 
     state: MachineState
-    ram: FrozenRam
+    ram: FrozenRam | LiveRam
     attachments: list[Attachment]
     images: Images | None = None
 
@@ -51,6 +51,13 @@ class Origin:
             raise ConfigError(f"the state of a machine has version {self.state.version}; this avmm reads {VERSION}")
         if len(self.state.vcpus) != cpus or self.ram.size != memory:
             raise ConfigError("the state is that of a machine with other vCPUs or other memory")
+
+    @property
+    def image(self) -> FrozenRam:
+        """Its memory, to be mapped. Raises ConfigError where it cannot be."""
+        if not isinstance(self.ram, FrozenRam):
+            raise ConfigError("this machine's memory cannot be shared")
+        return self.ram
 
     def close(self) -> None:
         """Let go of the memory."""

@@ -24,12 +24,13 @@ BELOW = {
     "clock": {"errors"},
     "faults": {"errors"},
     "ram": {"errors"},
+    "snapfile": {"errors"},
     "config": {"errors", "faults", "link"},
     "hypervisor": {"errors", "faults", "memory"},
     "vcpu": {"errors", "bus", "clock", "hypervisor", "irq", "aio"},
     "devices": {"errors", "fdt", "irq", "link", "memory", "bus", "aio", "log"},
     "backends": {"errors", "link", "memory", "aio", "log"},
-    "attachments": {"errors", "config", "backends", "devices", "bootloader", "guest", "link"},
+    "attachments": {"snapfile", "errors", "config", "backends", "devices", "bootloader", "guest", "link"},
     "guest": {"errors", "aio"},
     "bootloader": {"errors", "fdt", "memory"},
 }
@@ -68,7 +69,7 @@ def test_public_api() -> None:
     assert avmm.__all__ == [
         "AvmmError", "CommandFailed", "Completed", "ConfigError", "Console", "EngineError", "FetchError", "GuestError",
         "GuestFault", "GuestGone", "GuestPanic", "HostError", "ImageError", "NetConfig", "Outcome", "Process", "Switch",
-        "VirtualMachine", "VmConfig", "WaitTimeout", "boot",
+        "VirtualMachine", "VmConfig", "WaitTimeout", "boot", "restore",
     ]  # fmt: skip
     for name in avmm.__all__:
         assert getattr(avmm, name) is not None
