@@ -112,14 +112,15 @@ class FrozenRam:
         """What may be other than zeroes, in order: (offset, content or None where the file has it, length)."""
         pages = iter(self.pages)
         page = next(pages, None)
-        for start, length in self.file.written():
-            end = start + length
+        done = 0  # a run of pages may cover holes of the file and what follows them
+        for begin, length in self.file.written():
+            start, end = max(begin, done), begin + length
             while page is not None and page[0] < end:
                 at, data = page
                 if start < at:
                     yield start, None, at - start
                 yield at, data, len(data)
-                start = max(start, at + len(data))
+                start = done = at + len(data)
                 page = next(pages, None)
             if start < end:
                 yield start, None, end - start

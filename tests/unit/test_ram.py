@@ -5,12 +5,13 @@ from __future__ import annotations
 import mmap
 import os
 import random
+from pathlib import Path
 
 import pytest
 
 from avmm import ram
 from avmm.errors import HostError
-from avmm.ram import CAN_FREEZE, FrozenRam, Ram
+from avmm.ram import CAN_FREEZE, FrozenRam, Ram, RamFile
 
 pytestmark = pytest.mark.skipif(not CAN_FREEZE, reason="needs memfd_create")
 
@@ -82,6 +83,25 @@ def test_the_last_user_writes_back_and_has_nothing_of_its_own_then() -> None:
     assert read(parent, 7) == b"7777"
     image.close()
     parent.close()
+
+
+def test_pages_in_a_run_cover_holes_and_what_follows_them(tmp_path: Path) -> None:
+    """In a file on disk holes stay holes, whoever looks at them."""
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    os.truncate(fd, SIZE)
+    for page in (1, 3, 5, 6, 9):
+        os.pwrite(fd, b"base", page * PAGE)
+    stored = FrozenRam(RamFile(fd, SIZE, writable=False), ())
+    one = Ram(SIZE, stored)
+    stored.close()
+    for page in range(2, 8):
+        write(one, page, b"anew")
+    image = one.freeze()
+    assert [offset // PAGE for offset, _ in image.pages] == [2]
+    assert [span[0] // PAGE for span in image.file.written()] == [1, 3, 5, 9]
+    assert content(image) == bytes(one.buffer)
+    image.close()
+    one.close()
 
 
 @pytest.mark.parametrize("scan", [ram._scan, ram._scan_pagemap])
