@@ -57,7 +57,7 @@ from avmm.devices.virtio.transport import VirtioDevice
 from avmm.errors import AvmmError, ConfigError, GuestError, GuestGone, GuestPanic
 from avmm.faults import Faults
 from avmm.guest.agent import image
-from avmm.guest.console import Console, ConsoleState
+from avmm.guest.console import Console
 from avmm.guest.exec import AgentExec, Commands, Exec, within
 from avmm.guest.panic import PanicWatch
 from avmm.hypervisor import Hypervisor, open_hypervisor
@@ -67,7 +67,8 @@ from avmm.memory import GuestMemory, Region
 from avmm.monitor import Monitor
 from avmm.ram import LiveRam, Ram
 from avmm.snapshot import store
-from avmm.snapshot.origin import Images, MachineState, Origin
+from avmm.snapshot.machine import Parts, restore_machine, save_machine
+from avmm.snapshot.origin import Images, Origin
 from avmm.trace import Trace
 from avmm.vcpu import sysregs
 from avmm.vcpu.loop import Event, VcpuLoop
@@ -176,7 +177,8 @@ class VirtualMachine(Commands):
             if origin is None:
                 entry = self._load()
             else:
-                await self._continue(origin)
+                origin.check(config.cpus, config.memory)
+                await restore_machine(self._parts(), origin.state)
         except BaseException:
             for vcpu in self._vcpus:
                 await vcpu.close()
@@ -306,40 +308,23 @@ class VirtualMachine(Commands):
                 self._resume()
 
     async def _capture(self) -> Origin:
-        """The machine as it is, for another VM. Paused."""
-        board, ram, hypervisor = self._board, self._ram, self._hypervisor
-        if self._outcome is not None or board is None or ram is None or hypervisor is None:
-            raise GuestGone("the VM has ended, and there is nothing to fork")
-        if not all(vcpu.exists for vcpu in self._vcpus):
-            raise GuestGone("the guest is powering off or resetting: there is nothing to fork")
-        # The vCPUs first: to save one may raise its timer's interrupt.
-        vcpus = await asyncio.gather(*(vcpu.save() for vcpu in self._vcpus))
-        self._line.flush()
-        console = ConsoleState(self.console.transcript.save(), self._panic.save())
-        state = MachineState(self._clock.elapsed, tuple(vcpus), board.save(), console)
+        """The machine as it is, for another VM or a file. Paused."""
+        if self._outcome is not None or not all(vcpu.exists for vcpu in self._vcpus):
+            raise GuestGone("the guest has ended, or is about to reset: there is nothing left of it")
+        assert self._ram is not None
+        state = await save_machine(self._parts())
         attachments: list[Attachment] = []
         try:
             attachments += (each.fork() for each in self._attachments)
-            memory = ram.freeze() if self._can_fork else LiveRam(ram.buffer)
+            memory = self._ram.freeze() if self._can_fork else LiveRam(self._ram.buffer)
             return Origin(state, memory, attachments, self._images)
         except BaseException:
             close_all(attachments)
             raise
 
-    async def _continue(self, origin: Origin) -> None:
-        """Put a machine's state into this one."""
-        board = self._board
-        assert board is not None
-        state = origin.state
-        origin.check(self.config.cpus, self.config.memory)
-        self.console.transcript.restore(state.console.transcript)
-        self._panic.restore(state.console.panic)
-        board.restore(state.board)
-        for vcpu in self._vcpus:
-            await vcpu.start()
-        self._clock.set_elapsed(state.elapsed)
-        for vcpu, saved in zip(self._vcpus, state.vcpus, strict=True):
-            await vcpu.restore(saved)
+    def _parts(self) -> Parts:
+        assert self._board is not None
+        return Parts(self._vcpus, self._board, self._clock, self._line, self.console.transcript, self._panic)
 
     @property
     def outcome(self) -> Outcome | None:
