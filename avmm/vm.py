@@ -16,13 +16,13 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 from avmm.aio import cancel, outlast
-from avmm.attachments import attachments_of, close_all, describe_all, open_all
+from avmm.attachments import attachments_of, close_all, open_all
 from avmm.attachments.agent import AgentAttachment
 from avmm.attachments.base import Attachment
 from avmm.attachments.drive import DriveAttachment
@@ -36,13 +36,10 @@ from avmm.backends.serial import SerialLine
 from avmm.backends.share.server import Share
 from avmm.backends.vsock.host import VsockHost
 from avmm.board import Board
-from avmm.bootloader.image import load_kernel, read_file
-from avmm.bootloader.initrd import with_agent
-from avmm.bootloader.loader import ENTROPY_SIZE, Entry, load_linux, place
-from avmm.bootloader.machine import RAM_BASE, RNG_SEED_SIZE, build_fdt
+from avmm.bootloader.loader import ENTROPY_SIZE, Entry, load_linux
+from avmm.bootloader.machine import RAM_BASE
 from avmm.clock import Clock, DeadlineTimers
 from avmm.config import (
-    AGENT_PATH,
     DriveLike,
     NetLike,
     PublishConfig,
@@ -53,10 +50,9 @@ from avmm.config import (
     net_configs,
     share_config,
 )
-from avmm.devices.virtio.transport import VirtioDevice
+from avmm.describe import check_capabilities, read_images
 from avmm.errors import AvmmError, ConfigError, GuestError, GuestGone, GuestPanic
 from avmm.faults import Faults
-from avmm.guest.agent import image
 from avmm.guest.console import Console
 from avmm.guest.exec import AgentExec, Commands, Exec, within
 from avmm.guest.panic import PanicWatch
@@ -68,7 +64,7 @@ from avmm.monitor import Monitor
 from avmm.ram import LiveRam, Ram
 from avmm.snapshot import store
 from avmm.snapshot.machine import Parts, restore_machine, save_machine
-from avmm.snapshot.origin import Images, Origin
+from avmm.snapshot.origin import Origin
 from avmm.trace import Trace
 from avmm.vcpu import sysregs
 from avmm.vcpu.loop import Event, VcpuLoop
@@ -163,7 +159,7 @@ class VirtualMachine(Commands):
         timers = DeadlineTimers(asyncio.get_running_loop())
         try:
             hypervisor = self._hypervisor = open_hypervisor(config.engine, config.faults)
-            _check_capabilities(config, hypervisor)
+            check_capabilities(config, hypervisor)
             attachments = attachments_of(config) if origin is None else origin.attachments
             await asyncio.to_thread(open_all, attachments)
             self._attachments = attachments
@@ -490,7 +486,7 @@ class VirtualMachine(Commands):
 
     async def _read_images(self) -> None:
         if self._images is None:  # reading and unpacking take a while: not on the event loop
-            self._images = await asyncio.to_thread(_read_images, self.config)
+            self._images = await asyncio.to_thread(read_images, self.config)
 
     def _load(self) -> Entry:
         """The images into memory, for a machine fresh from reset."""
@@ -719,84 +715,6 @@ def restore(
         return VirtualMachine(config, origin=origin, keep_output=keep_output, monitor=monitor, trace=trace)
 
     return Booting(make)
-
-
-def describe(config: VmConfig) -> dict[str, Any]:
-    """The configuration as it would run, images checked, as plain data. Raises ImageError or EngineError."""
-    kernel, initrd = _read_images(config)
-    attachments = describe_all(config)
-    hypervisor = open_hypervisor(config.engine, config.faults)  # last: from here on there is something to close
-    try:
-        _check_capabilities(config, hypervisor)
-        engine = hypervisor.capabilities.name
-    finally:
-        hypervisor.close()
-    return {
-        "kernel": {
-            "path": os.fspath(config.kernel),
-            "bytes": len(kernel.image),
-            "image_size": kernel.image_size,
-            "page_size": kernel.page_size,
-        },
-        "initrd": None if initrd is None else {"path": os.fspath(config.initrd or ""), "bytes": len(initrd)},
-        "cmdline": config.bootargs,
-        "memory": config.memory,
-        "cpus": config.cpus,
-        "engine": engine,
-        "reboot": config.reboot,
-        "agent": config.agent is not None,
-        "faults": None if config.faults is None else asdict(config.faults),
-        **attachments,
-    }
-
-
-def device_tree(config: VmConfig) -> bytes:
-    """The flattened device tree the guest would get, its random seeds included. Raises ImageError."""
-    kernel, initrd = _read_images(config)
-    layout = place(RAM_BASE, config.memory, kernel, len(initrd or b""))
-    entropy = os.urandom(ENTROPY_SIZE)
-    return build_fdt(
-        ram=[(RAM_BASE, config.memory)],
-        cpus=[sysregs.mpidr(index) for index in range(config.cpus)],
-        bootargs=config.bootargs,
-        initrd=(layout.initrd, layout.initrd_end) if initrd else None,
-        devices=_described_board(config).nodes(),
-        rng_seed=entropy[:RNG_SEED_SIZE],
-        kaslr_seed=entropy[RNG_SEED_SIZE:],
-    )
-
-
-def _described_board(config: VmConfig) -> Board:
-    """A board to be described only: its devices show what slots they are in, and nothing else is asked of them."""
-    slots = [VirtioDevice() for _ in attachments_of(config)]
-    return Board(threading.RLock(), config.cpus, _Unconnected(), GuestMemory(), slots)
-
-
-class _Unconnected:
-    """A serial line with nobody at the other end: for a board that is only described."""
-
-    async def read(self, limit: int) -> bytes:
-        return b""
-
-    def write(self, data: bytes) -> None:
-        pass
-
-
-def _read_images(config: VmConfig) -> Images:
-    kernel = load_kernel(config.kernel, config.memory)
-    initrd = None if config.initrd is None else read_file(config.initrd, "initrd", config.memory)
-    if initrd is not None and config.agent is not None:
-        initrd = with_agent(initrd, image(), AGENT_PATH, config.agent)
-    return kernel, initrd
-
-
-def _check_capabilities(config: VmConfig, hypervisor: Hypervisor) -> None:
-    can = hypervisor.capabilities
-    if config.cpus > can.max_vcpus:
-        raise ConfigError(f"{can.name} runs at most {can.max_vcpus} vCPUs in a VM, not {config.cpus}")
-    if RAM_BASE + config.memory > 1 << can.ipa_bits:
-        most = ((1 << can.ipa_bits) - RAM_BASE) >> 20
-        raise ConfigError(f"{can.name} addresses {can.ipa_bits} bits here: give the guest at most {most} MiB of memory")
 
 
 async def _report(vcpu: VcpuLoop) -> VcpuOutcome:

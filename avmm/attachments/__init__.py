@@ -43,10 +43,14 @@ def attachments_of(config: VmConfig) -> list[Attachment]:
 
 
 def open_all(attachments: Sequence[Attachment]) -> None:
-    """Open them, all or none. Blocks. Raises HostError."""
+    """Open them all; or none, and those not reached are closed, too. Blocks. Raises HostError."""
     with contextlib.ExitStack() as opened:
-        for each in attachments:
-            each.open()
+        for index, each in enumerate(attachments):
+            try:
+                each.open()
+            except BaseException:
+                close_all(attachments[index + 1 :])
+                raise
             opened.callback(each.close)
         opened.pop_all()
 

@@ -18,7 +18,7 @@ class Attachment:
     section = ""
 
     def open(self) -> None:
-        """Open the host's side. Blocks; on a thread. Raises HostError."""
+        """Open the host's side. Blocks; on a thread. Raises HostError, and is closed then."""
 
     def device(self) -> VirtioDevice:
         """A device fresh from power-on, for a new board; the one before is gone."""
@@ -31,7 +31,8 @@ class Attachment:
         """The machine has ended: let nobody wait for it any more."""
 
     def close(self) -> None:
-        """Store what is to be stored, and let go of everything. Blocks; on a thread. Raises HostError."""
+        """Store what is to be stored, and let go of everything; also where it was never opened. Blocks; on a thread.
+        Raises HostError."""
 
     def fork(self) -> Attachment:
         """One for a twin of the machine, which stands still meanwhile; its device is to go on from this one's state.

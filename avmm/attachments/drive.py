@@ -29,18 +29,21 @@ class DriveAttachment(Attachment):
 
     def open(self) -> None:
         """See :class:`Attachment`. Raises ImageError."""
-        config = self._config
+        try:
+            self.drive = self._open(self._config)
+        except BaseException:
+            if self._past is not None:
+                self._past.close()
+            raise
+
+    def _open(self, config: DriveConfig) -> Drive:
         if self._wanted is not None and self._wanted != _fingerprint(config.path):
             raise ImageError(f"the disk {config.path} has changed since the snapshot was made: put the old one back")
         if isinstance(self._past, DriveMoment):
-            self.drive = self._past.open(config.path, self._name, read_only=config.read_only)
-            return
+            return self._past.open(config.path, self._name, read_only=config.read_only)
         if self._past is not None:
-            self.drive = self._past.open(config.path, config.format, self._name)
-            return
-        self.drive = open_drive(
-            config.path, config.format, self._name, read_only=config.read_only, snapshot=config.snapshot
-        )
+            return self._past.open(config.path, config.format, self._name)
+        return open_drive(config.path, config.format, self._name, read_only=config.read_only, snapshot=config.snapshot)
 
     def fork(self) -> DriveAttachment:
         """See :class:`Attachment`: as this one is now; what is written to it is forgotten when its machine ends."""

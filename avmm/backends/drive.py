@@ -239,7 +239,7 @@ class StoredDrive:
     def open(self, path: Path, kind: str | None, name: str) -> Drive:
         """A drive that goes on from it; what is written goes to a temporary file. Blocks. Raises ImageError."""
         backing = open_disk(path, kind, read_only=True) if self.over else None
-        fd, self.fd = self.fd, -1
+        fd, self.fd = self.fd, -1  # the disk's from now on
         return Drive(_overlay(PartialDisk(fd, self.at, self.size, self.spans, backing), path), name)
 
     def close(self) -> None:

@@ -61,6 +61,10 @@ def read_file(path: str | os.PathLike[str], what: str, limit: int) -> bytes:
     return bytes(content)
 
 
+#: What a machine is loaded with at power-on and at each reset: its kernel and, if it has one, its initrd.
+Images = tuple[Kernel, bytes | None]
+
+
 def load_kernel(path: str | os.PathLike[str], memory: int) -> Kernel:
     """The kernel in the file ``path``, for a guest of ``memory`` bytes. Raises ImageError, naming the file."""
     content = read_file(path, "kernel", memory)

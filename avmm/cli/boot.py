@@ -92,13 +92,13 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         import json
 
-        from avmm.vm import describe
+        from avmm.describe import describe
 
         print(json.dumps(describe(config), indent=2))
         return ExitCode.POWER_OFF
     if args.dump_dtb:
+        from avmm.describe import device_tree
         from avmm.errors import ConfigError
-        from avmm.vm import device_tree
 
         try:
             with open(args.dump_dtb, "wb") as file:

@@ -7,16 +7,13 @@ from typing import Final
 
 from avmm.attachments.base import Attachment
 from avmm.board import BoardState
-from avmm.bootloader.image import Kernel
+from avmm.bootloader.image import Images
 from avmm.errors import ConfigError
 from avmm.guest.console import ConsoleState
 from avmm.ram import FrozenRam, LiveRam
 from avmm.vcpu.state import VcpuState
 
 VERSION: Final = 1
-
-#: What a machine is loaded with at power-on and at each reset: its kernel and, if it has one, its initrd.
-Images = tuple[Kernel, bytes | None]
 
 
 @dataclass(frozen=True, slots=True)
