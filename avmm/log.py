@@ -7,7 +7,12 @@ Silent, and not even imported, unless the program has configured structlog: a li
 from __future__ import annotations
 
 import sys
-from typing import Any
+import time
+from collections import deque
+from typing import Any, Final
+
+#: What was logged last, whether anybody listens or not: (time.time(), level, event, fields). None of it comes often.
+recent: Final[deque[tuple[float, str, str, dict[str, Any]]]] = deque(maxlen=256)
 
 
 class Log:
@@ -35,6 +40,7 @@ class Log:
         self._emit("warning", event, fields)
 
     def _emit(self, level: str, event: str, fields: dict[str, Any]) -> None:
+        recent.append((time.time(), level, event, {**self._fields, **fields}))
         structlog = sys.modules.get("structlog")
         if structlog is not None and structlog.is_configured():
             getattr(structlog.get_logger("avmm"), level)(event, **self._fields, **fields)

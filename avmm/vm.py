@@ -15,7 +15,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -56,9 +56,10 @@ from avmm.faults import Faults
 from avmm.guest.console import Console
 from avmm.guest.exec import AgentExec, Commands, Exec, within
 from avmm.guest.panic import PanicWatch
+from avmm.guest.screen import Screen
 from avmm.hypervisor import Hypervisor, open_hypervisor
 from avmm.hypervisor.base import ExitKind
-from avmm.log import log
+from avmm.log import log, recent
 from avmm.memory import GuestMemory, Region
 from avmm.monitor import Monitor
 from avmm.ram import LiveRam, Ram
@@ -70,6 +71,7 @@ from avmm.vcpu import sysregs
 from avmm.vcpu.loop import Event, VcpuLoop
 from avmm.vcpu.loop import Outcome as VcpuOutcome
 from avmm.vcpu.psci import Psci
+from avmm.vcpu.state import VcpuState
 
 _A = TypeVar("_A", bound=Attachment)
 
@@ -132,6 +134,7 @@ class VirtualMachine(Commands):
         self._monitor = Monitor(self.stats) if monitor else None
         self._trace_to = trace
         self._trace: Trace | None = None
+        self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
         self._outcome: Outcome | None = None
@@ -394,6 +397,11 @@ class VirtualMachine(Commands):
     @property
     def _exec(self) -> Exec:
         """See :class:`Commands`."""
+        if asyncio.get_running_loop() is not self._loop:
+            raise ConfigError(
+                "this VM lives on another event loop: use it where it was made; in pytest, a fixture with "
+                "loop_scope='session' may use the vm fixture"
+            )
         agents = self._all(AgentAttachment)
         if not agents:
             raise ConfigError("no agent runs in this guest: boot it with an initrd and agent=True")
@@ -404,6 +412,11 @@ class VirtualMachine(Commands):
         async with within(timeout, "no agent had started in the guest"):
             for each in self._all(AgentAttachment):
                 await each.agent.wait_ready()
+
+    @property
+    def screen(self) -> Screen:
+        """What a terminal on the serial console would show. Raises ConfigError without ``avmm[screen]``."""
+        return self.console.screen
 
     def _all(self, kind: type[_A]) -> list[_A]:
         return [each for each in self._attachments if isinstance(each, kind)]
@@ -453,6 +466,33 @@ class VirtualMachine(Commands):
                 for vcpu in self._vcpus
             ],
         }
+
+    async def registers(self) -> list[VcpuState]:
+        """Each vCPU's registers now; the VM stands still for a moment. Raises GuestGone when it has ended."""
+        async with self._still():
+            if self._outcome is not None or not all(vcpu.exists for vcpu in self._vcpus):
+                raise GuestGone("the VM has ended, and has no registers any more")
+            return list(await asyncio.gather(*(vcpu.save() for vcpu in self._vcpus)))
+
+    def describe_state(self) -> dict[str, Any]:
+        """What there is to know of the VM besides its vCPUs and memory, as plain data: for people to read."""
+        return {
+            "state": self.state,
+            "outcome": None
+            if self._outcome is None
+            else {"reason": self._outcome.reason, "error": self._outcome.error},
+            "config": repr(self.config),
+            "timeline": self.timeline,
+            "counters": self.counters(),
+            "devices": [slot.describe() for slot in (self._board.virtio if self._board else [])],
+            "log": list(recent),
+        }
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """The vCPUs come to rest at their next exit while the block, which awaits nothing, runs. Time goes on."""
+        with self._lock:  # which they need for whatever they come out for: a tick, at the latest
+            yield
 
     # The machine between power-on and reset.
 

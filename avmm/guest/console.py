@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from avmm.guest.screen import Screen
 from avmm.guest.transcript import Transcript, TranscriptState
 
 
@@ -36,6 +37,16 @@ class Console:
     def __init__(self, keyboard: Keyboard, keep: int | None = None) -> None:
         self._keyboard = keyboard
         self.transcript = Transcript(keep)
+        self._screen: Screen | None = None
+
+    @property
+    def screen(self) -> Screen:
+        """What a terminal of 80 by 25 would show now; made when first asked for. Raises ConfigError without pyte."""
+        if self._screen is None:
+            screen = self._screen = Screen()
+            screen.feed(self.output)
+            self.listen(screen.feed)
+        return self._screen
 
     @property
     def output(self) -> bytes:

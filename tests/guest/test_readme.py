@@ -12,6 +12,7 @@ import pytest
 import uvloop
 
 from avmm.debian import Fetched
+from tests.guest.test_plugin import run as run_pytest
 
 pytestmark = pytest.mark.guest
 
@@ -20,15 +21,21 @@ uvloop.run(asyncio.sleep(0))  # libuv keeps a pipe for signals from its first lo
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
+FIXTURE, PROGRAM = re.findall(r"(?ms)^```python\n(.*?)^```$", README)
+
+
+def test_the_fixture_example(debian: Fetched, tmp_path: Path) -> None:
+    assert "1 passed" in run_pytest(tmp_path, FIXTURE)
+
+
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
-def test_the_example(run: Callable[[Coroutine[Any, Any, None]], None], debian: Fetched) -> None:
-    (code,) = re.findall(r"(?ms)^```python\n(.*?)^```$", README)
+def test_the_program_example(run: Callable[[Coroutine[Any, Any, None]], None], debian: Fetched) -> None:
     names: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), names)
-    run(names["test_uname"]())
+    exec(compile(PROGRAM, "README.md", "exec"), names)
+    run(names["main"]())
 
 
 def test_its_first_screen_says_how_to_start() -> None:
-    first = "\n".join(README.splitlines()[:35])
-    for wanted in ("scripts/boot", "scripts/test", "async with avmm.boot("):
+    first = "\n".join(README.splitlines()[:40])
+    for wanted in ("scripts/boot", "scripts/test", "@pytest.mark.avmm(", "async with avmm.boot("):
         assert wanted in first

@@ -419,6 +419,23 @@ class VirtioMmio:
         for queue in self.queues:
             queue.doorbell.ring()
 
+    def describe(self) -> dict[str, Any]:
+        """Its registers and queues, for people to read."""
+        with self._lock:
+            return {
+                "name": self.device.name,
+                "status": self._status,
+                "features": hex(self.driver_features),
+                "interrupt_status": self._isr,
+                "guest_errors": self.guest_errors,
+                "last_error": None if self.last_error is None else str(self.last_error),
+                "queues": [
+                    {"index": queue.index, "position": queue.core.position, "in_flight": queue.core.in_flight}
+                    for queue in self.queues
+                    if queue.core is not None
+                ],
+            }
+
     # The device's side
 
     def interrupt(self, reason: int) -> None:
