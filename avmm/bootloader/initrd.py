@@ -65,7 +65,10 @@ done
 
 for word in $(cat /proc/cmdline); do
     tag=${word#avmm.share=}
-    [ "$tag" != "$word" ] && mkdir -p "/mnt/$tag" && mount -t virtiofs "$tag" "/mnt/$tag"
+    [ "$tag" != "$word" ] && mkdir -p "/mnt/$tag" && mount -t virtiofs "$tag" "/mnt/$tag" || continue
+    # Read ahead by what one request may hold: the kernel's default is an eighth of it.
+    device=$(awk -v at="/mnt/$tag" '$5 == at { print $3 }' /proc/self/mountinfo)
+    echo 1024 >"/sys/class/bdi/$device/read_ahead_kb"
 done
 for word in $(cat /proc/cmdline); do
     case $word in avmm.init=*) exec "${word#avmm.init=}" ;; esac

@@ -10,9 +10,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import struct
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +27,17 @@ from avmm.memory import split
 
 #: Bytes of one read that the event loop does itself where the page cache has them: see avmm.devices.virtio.blk.
 INLINE_MAX: Final = 1 << 20
+
+#: Requests that a local file system answers from memory in some tens of microseconds, less than two wakes of a thread
+#: take: the event loop does them, but for a while not those of a kind of which one has had to wait.
+_BRIEF: Final = frozenset({
+    Op.LOOKUP, Op.GETATTR, Op.SETATTR, Op.READLINK, Op.SYMLINK, Op.MKNOD, Op.MKDIR, Op.UNLINK, Op.RMDIR, Op.RENAME,
+    Op.RENAME2, Op.LINK, Op.OPEN, Op.CREATE, Op.WRITE, Op.STATFS, Op.RELEASE, Op.GETXATTR, Op.LISTXATTR, Op.OPENDIR,
+    Op.READDIR, Op.RELEASEDIR, Op.ACCESS, Op.FORGET, Op.LSEEK,
+})  # fmt: skip
+_BRIEF_WRITE: Final = 64 << 10  # bytes
+_LONG: Final = 1e-3  # what is a wait, and for how long there are no more, in seconds
+_PATIENCE: Final = 1.0
 
 #: Of a read or a write, at most.
 _DATA_MAX: Final = 1 << 20
@@ -38,6 +52,9 @@ _CACHING: Final = fuse.AUTO_INVAL_DATA | fuse.DO_READDIRPLUS | fuse.READDIRPLUS_
 
 #: File systems whose every call may wait for a network, or for a program: nothing is done on the event loop there.
 _SLOW: Final = ("nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "afs", "fuse", "fuseblk", "virtiofs", "autofs")
+
+#: Which of getrusage's this is, where there is one of threads.
+_THREAD: Final = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
 
 #: Numbers of the guest's Linux for what may go wrong without an OSError.
 _BROKEN: Final = errno.EINVAL
@@ -68,6 +85,7 @@ class Share:
         self._slow = slow
         self._started = False
         self._flags = 0
+        self._waits_until: dict[int, float] = {}  # by the kind of request, time.monotonic()
         #: Since the start: requests, bytes, and requests answered with an error.
         self.counters = {"requests": 0, "read_bytes": 0, "written_bytes": 0, "errors": 0}
         self._now: Final[dict[int, Callable[[Request, list[memoryview]], bytes | int | None]]] = {
@@ -104,9 +122,6 @@ class Share:
         room = sum(map(len, writable))
         if room < fuse.OUT_HEADER.size and request.op not in fuse.SILENT and request.op != Op.INTERRUPT:
             raise ValueError("no room for the answer to a FUSE request")
-        if request.op == Op.WRITE:
-            return self._ready(lambda: self._write(request, split(readable, limit)[1] if length > limit else []),
-                               request, writable)  # fmt: skip
         quick = None if self._slow else self._now.get(request.op)
         if quick is not None:
             try:
@@ -116,13 +131,31 @@ class Share:
                         return answer if isinstance(answer, int) else self._reply(request, writable, answer)
             except (OSError, ValueError, OverflowError, struct.error) as error:
                 return self._fail(request, writable, error)
-        if request.op == Op.READ:
-            return self._ready(lambda: self._read(request, writable), request, writable)
-        operation = self._ops.get(request.op)
-        if operation is None or not (self._started or request.op == Op.INIT):
-            number = errno.ENOSYS if self._started else errno.EIO
-            return self._fail(request, writable, OSError(number, ""))
-        return self._ready(lambda: operation(request), request, writable)
+        operation: Callable[[], bytes | int]
+        if request.op == Op.WRITE:
+            views = split(readable, limit)[1] if length > limit else []
+            operation = partial(self._write, request, views)
+        elif request.op == Op.READ:
+            operation = partial(self._read, request, writable)
+        elif request.op in self._ops and (self._started or request.op == Op.INIT):
+            operation = partial(self._ops[request.op], request)
+        else:
+            return self._fail(request, writable, OSError(errno.ENOSYS if self._started else errno.EIO, ""))
+        work = partial(self._do, operation, request, writable)
+        if request.op in _BRIEF and not self._slow and (request.op != Op.WRITE or length <= _BRIEF_WRITE):
+            began = time.monotonic()
+            if began >= self._waits_until.get(request.op, 0.0):
+                return self._do_here(work, request.op, began)
+        return work
+
+    def _do_here(self, work: Work, op: int, began: float) -> int:
+        """On the event loop; and remember if it has had to wait, which is not to happen again soon."""
+        waits = resource.getrusage(_THREAD).ru_nvcsw
+        done = work()
+        now = time.monotonic()
+        if now - began > _LONG and resource.getrusage(_THREAD).ru_nvcsw > waits:
+            self._waits_until[op] = now + _PATIENCE
+        return done
 
     async def finish(self, work: Work) -> int:
         """Do the blocking part of :meth:`serve` on a thread."""
@@ -142,17 +175,14 @@ class Share:
         self._threads.close()
         self._folder.close()
 
-    def _ready(self, operation: Callable[[], bytes | int], request: Request, writable: list[memoryview]) -> Work:
-        def work() -> int:
-            try:
-                if not self._started and request.op != Op.INIT:
-                    raise OSError(errno.EIO, "")
-                answer = operation()
-            except (OSError, ValueError, OverflowError, struct.error) as error:
-                return self._fail(request, writable, error)
-            return answer if isinstance(answer, int) else self._reply(request, writable, answer)
-
-        return work
+    def _do(self, operation: Callable[[], bytes | int], request: Request, writable: list[memoryview]) -> int:
+        try:
+            if not self._started and request.op != Op.INIT:
+                raise OSError(errno.EIO, "")
+            answer = operation()
+        except (OSError, ValueError, OverflowError, struct.error) as error:
+            return self._fail(request, writable, error)
+        return answer if isinstance(answer, int) else self._reply(request, writable, answer)
 
     def _reply(self, request: Request, writable: list[memoryview], payload: bytes) -> int:
         if request.op in fuse.SILENT:
