@@ -52,6 +52,7 @@ class GuestMemory:
 
     ``on_host_write(gpa, length)`` is told of every write made through :meth:`write` and of ranges passed
     to :meth:`wrote`, so that an engine can drop translations of code that has changed underneath it.
+    ``on_discard(region, offset, length)`` gives whole pages of a region back to the host.
     """
 
     def __init__(self) -> None:
@@ -59,6 +60,7 @@ class GuestMemory:
         self._views: list[memoryview] = []
         self._bases: list[int] = []
         self.on_host_write: Callable[[int, int], None] = lambda gpa, length: None
+        self.on_discard: Callable[[Region, int, int], None] = lambda region, offset, length: None
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -103,6 +105,19 @@ class GuestMemory:
     def wrote(self, gpa: int, length: int) -> None:
         """Say that ``length`` bytes at ``gpa`` were written through a view."""
         self.on_host_write(gpa, length)
+
+    def discard(self, gpa: int, length: int) -> int:
+        """Give the host's memory behind a range back, as far as that is whole pages of the host: how many bytes. What
+        is there afterwards is anything. Raises GuestFault outside RAM."""
+        self.view(gpa, length).release()
+        at = bisect_right(self._bases, gpa) - 1
+        first = -(-(gpa - self._bases[at]) // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (gpa - self._bases[at] + length) // mmap.PAGESIZE * mmap.PAGESIZE
+        if last <= first:
+            return 0
+        self.on_discard(self._regions[at], first, last - first)
+        self.on_host_write(self._bases[at] + first, last - first)
+        return last - first
 
     def close(self) -> None:
         """Give up every region. One of which somebody still holds a view is unmapped with the last such view."""

@@ -24,12 +24,14 @@ from typing import Any, TypeVar
 from avmm.aio import cancel, outlast
 from avmm.attachments import attachments_of, close_all, open_all
 from avmm.attachments.agent import AgentAttachment
+from avmm.attachments.balloon import BalloonAttachment
 from avmm.attachments.base import Attachment
 from avmm.attachments.drive import DriveAttachment
 from avmm.attachments.net import NetAttachment, Network
 from avmm.attachments.ports import PortsAttachment
 from avmm.attachments.share import ShareAttachment
 from avmm.attachments.vsock import VsockAttachment
+from avmm.backends.balloon import Balloon
 from avmm.backends.drive import Drive
 from avmm.backends.port import Port
 from avmm.backends.serial import SerialLine
@@ -171,6 +173,7 @@ class VirtualMachine(Commands):
             self._memory.add(region)
             hypervisor.map(region)
             self._memory.on_host_write = hypervisor.host_wrote
+            self._memory.on_discard = self._discard
             self._assemble(timers)
             entry = None
             if origin is None:
@@ -382,6 +385,14 @@ class VirtualMachine(Commands):
         if not found:
             raise ConfigError("this VM has no vsock (vsock=True, or sockets as for --vsock), or has not been started")
         return found[0].host
+
+    @property
+    def balloon(self) -> Balloon:
+        """Memory to be taken from the guest, and what it says of its own. Raises ConfigError before the start."""
+        found = self._all(BalloonAttachment)
+        if not found:
+            raise ConfigError("this VM has not been started")
+        return found[0].balloon
 
     @property
     def ports(self) -> dict[str, Port]:
@@ -618,6 +629,7 @@ class VirtualMachine(Commands):
         if self._board is not None:
             self._board.close()
         self._memory.on_host_write = lambda gpa, length: None
+        self._memory.on_discard = lambda region, offset, length: None
         hypervisor, self._hypervisor = self._hypervisor, None
         if hypervisor is not None:
             self._fault_counts = hypervisor.fault_counts()
@@ -637,6 +649,10 @@ class VirtualMachine(Commands):
     def _guest_is_dead(self) -> None:
         """The kernel has panicked and stays down: nothing more will come of it."""
         self._stopping.set()
+
+    def _discard(self, region: Region, offset: int, length: int) -> None:
+        if self._ram is not None:
+            self._ram.discard(offset, length)
 
     def _is_ram(self, address: int) -> bool:
         return any(region.base <= address < region.base + region.size for region in self._memory.regions)

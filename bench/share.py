@@ -2,9 +2,9 @@
 
 python bench/share.py [-n 3] [--files 1000] [--size 64] [--cache 0] [--virtiofsd]
 
-Small files made, looked at and read by the guest's shell (files a second), then large reads and writes of one file in the
-host's page cache (MiB a second; the guest's caches are dropped before each). 9p is mounted with its default cache=none, so
-that both sides ask the host each time; the drivers of 9p come from the kernel's package.
+Small files made, looked at and read by the guest's shell (files a second), then large reads and writes of one file in
+the host's page cache (MiB a second; the guest's caches are dropped before each). 9p is mounted with its default
+cache=none, so that both sides ask the host each time; the drivers of 9p come from the kernel's package.
 """
 
 from __future__ import annotations
@@ -147,12 +147,18 @@ def main() -> None:
         theirs_initrd = with_script(fetched, script.replace("MOUNT", _9P), drivers_of_9p(fetched).read_bytes())
     append = "quiet avmm.init=/bench-init"
     peer = "virtiofsd" if args.virtiofsd else "QEMU 9p"
-    headline(f"shared folder: {args.files} files, {args.size} MiB, cache={args.cache:g}, beside {peer}; {fetched.version}")
+    headline(
+        f"shared folder: {args.files} files, {args.size} MiB, cache={args.cache:g}, beside {peer}; {fetched.version}"
+    )
     runs = []
     with tempfile.TemporaryDirectory() as ours_folder, tempfile.TemporaryDirectory() as theirs_folder:
         ours = [*AVMM.command(fetched.kernel, ours_initrd, 512, 1, append),
                 "--share", f"{ours_folder}:code:rw:cache={args.cache:g}"]  # fmt: skip
-        theirs = [*QEMU.command(fetched.kernel, theirs_initrd, 512, 1, append), "-global", "virtio-mmio.force-legacy=false"]
+        theirs = [
+            *QEMU.command(fetched.kernel, theirs_initrd, 512, 1, append),
+            "-global",
+            "virtio-mmio.force-legacy=false",
+        ]
         for _ in range(args.n):
             first = measure(ours, args)
             if args.virtiofsd:
@@ -167,8 +173,8 @@ def main() -> None:
         b = statistics.median(run[1][name] for run in runs)
         paired = statistics.median(run[0][name] / run[1][name] for run in runs)
         unit = "files/s" if name in ("create", "stat", "read") else "MiB/s"
-        print(f"{name:16s} avmm {a:9.1f} {unit:7s}  {peer} {b:9.1f} {unit:7s}  ratio {a / b:.2f}, of pairs {paired:.2f}",
-              flush=True)  # fmt: skip
+        ratios = f"ratio {a / b:.2f}, of pairs {paired:.2f}"
+        print(f"{name:16s} avmm {a:9.1f} {unit:7s}  {peer} {b:9.1f} {unit:7s}  {ratios}", flush=True)
     ours_initrd.unlink()
     theirs_initrd.unlink()
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from avmm.attachments.agent import AgentAttachment
+from avmm.attachments.balloon import BalloonAttachment
 from avmm.attachments.base import Attachment
 from avmm.attachments.drive import DriveAttachment
 from avmm.attachments.net import NetAttachment
@@ -22,7 +23,7 @@ from avmm.errors import AvmmError, ConfigError
 def attachments_of(config: VmConfig) -> list[Attachment]:
     """What a VM of ``config`` is given, not opened yet, in the order of its virtio slots. Raises ConfigError."""
     given: list[Attachment] = [DriveAttachment(each, f"drive{index}") for index, each in enumerate(config.drives)]
-    given.append(RngAttachment())
+    given += [RngAttachment(), BalloonAttachment(config.memory)]
     publish = config.publish
     for index, net in enumerate(config.nets):
         given.append(NetAttachment(net, f"net{index}", publish if net.kind == "user" else ()))

@@ -19,6 +19,7 @@ from avmm.devices.gicv3 import GICD_SIZE, Gicv3
 from avmm.devices.gicv3.cpu_interface import CpuInterfaces
 from avmm.devices.pl011 import PL011_SIZE, Pl011
 from avmm.devices.pl031 import PL031_SIZE, Pl031
+from avmm.devices.virtio.balloon import Balloon
 from avmm.devices.virtio.blk import Blk
 from avmm.devices.virtio.console import Console
 from avmm.devices.virtio.fs import Fs
@@ -207,6 +208,27 @@ class Served:
         pass
 
 
+class Wanting:
+    """The host's side of a balloon."""
+
+    wanted = 1 << 20
+
+    def connect(self, changed: Callable[[], None]) -> None:
+        pass
+
+    def guest_gave(self, actual: int) -> None:
+        assert 0 <= actual < 1 << 44
+
+    def returned(self, length: int) -> None:
+        raise AssertionError
+
+    async def asked(self) -> None:
+        raise AssertionError
+
+    def answered(self, values: dict[int, int]) -> None:
+        raise AssertionError
+
+
 def fs() -> Subject:
     return _virtio(Fs(Served(), "tag"))
 
@@ -229,7 +251,11 @@ def vsock() -> Subject:
     return _virtio(Vsock(Silent()))
 
 
-VIRTIO = [rng, blk, console, net, fs, vsock]
+def balloon() -> Subject:
+    return _virtio(Balloon(Wanting()))
+
+
+VIRTIO = [rng, blk, console, net, fs, vsock, balloon]
 SUBJECTS = [distributor, redistributors, system_registers, pl011, pl031, *VIRTIO]
 Make = Callable[[], Subject]
 

@@ -65,7 +65,7 @@ async def test_ext4_is_filled_and_clean(debian: Fetched, tmp_path: Path) -> None
         assert code == 0, said
         assert wanted in said
         assert vm.drives[0].counters["errors"] == 0
-        assert vm.counters()["guest_errors"] == {"drive0": 0, "rng": 0}
+        assert set(vm.counters()["guest_errors"].values()) == {0}
     run("e2fsck", "-fn", disk)
     run("debugfs", "-R", f"dump /big {tmp_path}/big", disk)
     assert hashlib.md5((tmp_path / "big").read_bytes()).hexdigest() == wanted

@@ -57,6 +57,11 @@ class Chain:
         self._spans = spans  # (GPA, length) of what is writable
 
     @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Where what the device may write is: (GPA, length) of each buffer."""
+        return list(self._spans)
+
+    @property
     def read_length(self) -> int:
         """Bytes the device may read."""
         return sum(map(len, self.readable))

@@ -451,6 +451,11 @@ class VirtioMmio:
             if self._status & DRIVER_OK:
                 self.interrupt(CONFIG_CHANGED)
 
+    def discard(self, gpa: int, length: int) -> int:
+        """The guest needs nothing of what is there: see :meth:`GuestMemory.discard`. Raises GuestError."""
+        with self._lock:
+            return self._memory.discard(gpa, length)
+
     def broken(self, error: GuestError) -> None:
         """The guest broke a rule: count it, and stop until the driver resets the device (2.1.2)."""
         with self._lock:
