@@ -361,6 +361,11 @@ class VcpuLoop:
         except AvmmError as error:
             self._error = error
             return Event.FAULT
+        except Exception as error:  # a defect of ours that this guest found: it ends this VM, and no other
+            doing = f"{ExitKind(kind).name} at pc {frame.pc:#x}"
+            self._error = GuestError(f"vCPU {self.index}: cannot serve the guest's {doing}: {error!r}")
+            self._error.__cause__ = error
+            return Event.FAULT
 
     def _set_offset(self, vcpu: Vcpu) -> None:
         self._offset = self._clock.offset

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import avmm
+from avmm.devices.pl011 import Pl011
 from avmm.hypervisor import available_engines
 
 IMAGES = Path(__file__).parents[2] / "firmware" / "images"
@@ -95,3 +96,23 @@ async def test_garbage_written_to_every_device(engine: str, seed: int) -> None:
     async with machine("garbage_devices", engine, 1, n=5000, seed=100 + seed) as vm:
         outcome = await vm.wait()
     assert outcome.reason in ("power-off", "reset") or isinstance(outcome.error, avmm.GuestError)
+
+
+async def test_a_defect_that_a_guest_finds_ends_that_guest_alone(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An assertion of ours that a guest makes fail is its GuestError; another VM of the process goes on."""
+    write = Pl011.write
+    hit = []
+
+    def broken(self: Pl011, offset: int, size: int, value: int) -> None:
+        if not hit or hit[0] is self:
+            hit.append(self)
+            raise AssertionError("a device's own")
+        write(self, offset, size, value)
+
+    monkeypatch.setattr(Pl011, "write", broken)
+    async with machine("hello", engine, 1) as vm:
+        outcome = await vm.wait()
+        assert isinstance(outcome.error, avmm.GuestError)
+        assert "MMIO_WRITE" in str(outcome.error)
+        assert isinstance(outcome.error.__cause__, AssertionError)
+    assert (await report("hello", engine, 1))[0]

@@ -366,9 +366,9 @@ void call_op(struct emit *e, const struct uop *u, bool ends) {
 
 /*
  * The slow path of an instruction in line: its op is called, by slow_call_op(), which this tells all. It lies in the
- * code, behind the call.
+ * code, behind the call, at any address.
  */
-struct slow {
+struct __attribute__((packed)) slow {
     uint32_t uop;    /* where in the arena */
     int32_t back;    /* from here to where it goes on */
     int32_t pc_base; /* from PAGE */
