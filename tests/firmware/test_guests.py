@@ -101,7 +101,7 @@ async def test_garbage_written_to_every_device(engine: str, seed: int) -> None:
 async def test_a_defect_that_a_guest_finds_ends_that_guest_alone(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An assertion of ours that a guest makes fail is its GuestError; another VM of the process goes on."""
     write = Pl011.write
-    hit = []
+    hit: list[Pl011] = []
 
     def broken(self: Pl011, offset: int, size: int, value: int) -> None:
         if not hit or hit[0] is self:
