@@ -30,9 +30,10 @@ def guest(flavour: str = "cloud") -> Fetched:
     return fetch_debian(flavour=flavour, progress=lambda text: None)
 
 
-def with_init(initrd: Path, script: str) -> Path:
-    """A copy of ``initrd`` whose /bench-init (boot it with ``avmm.init=/bench-init``) is ``script``."""
-    archive = cpio.pack([cpio.file("bench-init", script.encode(), 0o755)])
+def with_init(initrd: Path, script: str, programs: dict[str, bytes] | None = None) -> Path:
+    """A copy of ``initrd`` whose /bench-init (boot it with ``avmm.init=/bench-init``) is ``script``, and programs."""
+    files = {"bench-init": script.encode()} | (programs or {})
+    archive = cpio.pack([cpio.file(name, data, 0o755) for name, data in files.items()])
     handle, name = tempfile.mkstemp(suffix=".initrd")
     with os.fdopen(handle, "wb") as file:
         file.write(cpio.append(initrd.read_bytes(), archive))

@@ -44,6 +44,9 @@ bool code_create(struct vcpu *c) {
         free(code);
         return false;
     }
+#ifdef MADV_HUGEPAGE
+    madvise(code->arena, ARENA_SIZE, MADV_HUGEPAGE);
+#endif
     c->cache = code;
     return true;
 }

@@ -137,6 +137,10 @@ void decode_trace(struct block *trace, uint64_t pa, const uint8_t *page, uint16_
         been[here / 256] |= UINT64_C(1) << (here / 4 % 64);
         at[count++] = (uint16_t)here;
         here += 4;
+        if (u->fn == t_msr_daif || u->fn == t_msr_daifclr) {
+            more = true; /* the compiler leaves for the interrupts by itself */
+            continue;
+        }
         bool always = u->fn == t_b || u->fn == t_bl;
         if (!always && !conditional(u))
             continue;

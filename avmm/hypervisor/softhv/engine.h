@@ -263,6 +263,14 @@ struct mail {
 };
 
 enum { SCRATCH_COUNT = 8 };
+/* A few ranges of addresses that hold all of a set, and as little else as they can. */
+enum { PLACES_MAX = 8 };
+struct places {
+    uint32_t count;
+    uint8_t page_bits; /* log2 of the largest mapping in it */
+    struct { uint64_t low, high; } at[PLACES_MAX]; /* inclusive */
+};
+
 struct vcpu {
     uint64_t x[R_COUNT];
     uint64_t scratch[SCRATCH_COUNT]; /* registers of compiled code's own, numbered from R_COUNT on */
@@ -301,11 +309,8 @@ struct vcpu {
     bool jump_half[2][2]; /* by EL and half: blocks */
     bool nonglobal[2];    /* pages of the current ASID only */
     bool cached_data[MMU_COUNT][2];
-    bool large_data[MMU_COUNT][2]; /* pieces of mappings larger than 4 KiB: TLBI by VA must look at all entries */
-    struct {
-        uint64_t low, high; /* where code was run from, in whole mappings: inclusive; high < low when nowhere */
-        uint8_t page_bits;  /* log2 of the largest mapping */
-    } code[2];
+    struct places large_data[2]; /* mappings larger than 4 KiB that have pieces here: for these TLBI by VA looks at all */
+    struct places code[2];       /* where code was run from, in whole mappings */
     struct code *cache; /* of decoded blocks: code.c */
     struct jit *jit;   /* and compiled ones, the back end's; NULL: none */
     struct mail mail;

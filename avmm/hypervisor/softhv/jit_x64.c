@@ -6,6 +6,7 @@
 
 #include <stdlib.h>
 #include <stdio.h>
+#include <stdio.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -429,6 +430,8 @@ struct outlined *outline(struct emit *e, const struct uop *u, enum outlined_kind
 
 struct outlined *slow_call(struct emit *e, const struct uop *u) { return outline(e, u, SLOW_CALL); }
 
+struct outlined *last_call(struct emit *e, const struct uop *u) { return outline(e, u, LAST_CALL); }
+
 void also_from(struct outlined *o, uint8_t *field) {
     unsigned i = 0;
     while (o->from[i])
@@ -481,6 +484,8 @@ static void emit_outlined(struct emit *e, struct outlined *o, bool cold) {
         leave_to(e, o->u, o->target);
     else if (o->kind == SLOW_CALL)
         emit_slow(e, o);
+    else if (o->kind == LAST_CALL)
+        call_op(e, o->u, true);
     else
         emit_checked_access(e, o);
 }
@@ -504,6 +509,8 @@ static void plan(struct emit *e) {
             e->writes[i] |= UINT64_C(1) << u->ra;
         if (effects & AND_RN)
             e->writes[i] |= UINT64_C(1) << u->rn;
+        if (effects & AND_RM)
+            e->writes[i] |= UINT64_C(1) << u->rm;
         if (effects & LINKS)
             e->writes[i] |= UINT64_C(1) << 30;
         if (e->at[i + 1] <= e->at[i])

@@ -47,7 +47,8 @@ enum {
     NO_RD = 32,      /* which x registers it writes: rd, unless it has this; */
     AND_RA = 64,     /* ra as well; */
     AND_RN = 128,    /* rn as well; */
-    LINKS = 256,     /* x30 as well */
+    AND_RM = 256,    /* rm as well; */
+    LINKS = 512,     /* x30 as well */
 };
 
 struct emit;
@@ -91,7 +92,7 @@ struct transfer {
     bool finds;      /* it fills scratch */
 };
 
-enum outlined_kind { SLOW_CALL, SIDE_EXIT, CHECKED_ACCESS };
+enum outlined_kind { SLOW_CALL, SIDE_EXIT, CHECKED_ACCESS, LAST_CALL };
 struct outlined {
     enum outlined_kind kind;
     uint8_t *from[3]; /* rel32 fields that lead here */
@@ -312,6 +313,7 @@ unsigned condition(struct emit *e, unsigned arm_condition); /* puts NZCV into th
 
 /* Takes the jump (a field) when something out of the ordinary comes up: the op is called instead. Before any change. */
 struct outlined *slow_call(struct emit *e, const struct uop *u);
+struct outlined *last_call(struct emit *e, const struct uop *u); /* which does not come back, but leaves the block */
 struct outlined *outline(struct emit *e, const struct uop *u, enum outlined_kind kind);
 void also_from(struct outlined *o, uint8_t *field);
 void comes_back(struct emit *e, struct outlined *o); /* when the fast path is done */

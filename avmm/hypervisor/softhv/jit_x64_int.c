@@ -601,6 +601,59 @@ static void emit_mrs_tpidr_el1(struct emit *e, const struct uop *u, uint32_t arg
     read_if(e, u, AT(el), AT(sys.tpidr_el1));
 }
 
+static void emit_mrs_daif(struct emit *e, const struct uop *u, uint32_t arg) {
+    unsigned d = reserve(e, u->rd);
+    cmp_byte(e, AT(el), 0);
+    struct outlined *o = slow_call(e, u);
+    also_from(o, jcc(e, E));
+    load(e, 0, d, CPU, AT(daif));
+    dirty(e, u->rd);
+    comes_back(e, o);
+}
+
+/* Interrupts that are masked, or not pending, change nothing else. */
+enum { DAIF_WRITE, DAIF_SET, DAIF_CLEAR };
+_Static_assert(offsetof(struct vcpu, fiq_line) == offsetof(struct vcpu, irq_line) + 1, "both are tested at once");
+static void emit_msr_daif(struct emit *e, const struct uop *u, uint32_t arg) {
+    unsigned n = arg == DAIF_WRITE ? use(e, u->rn) : NO_REG;
+    struct outlined *o = arg == DAIF_SET ? slow_call(e, u) : last_call(e, u);
+    cmp_byte(e, AT(el), 0);
+    also_from(o, jcc(e, E));
+    if (arg != DAIF_SET) {
+        op_rm(e, 0, 0x660083, CMP, CPU, AT(irq_line));
+        byte(e, 0);
+        also_from(o, jcc(e, NE));
+    }
+    if (arg == DAIF_WRITE) {
+        mov(e, 0, RAX, n);
+        alu_imm(e, 0, AND, RAX, DAIF_ALL);
+        store(e, 0, RAX, CPU, AT(daif));
+    } else if (arg == DAIF_SET) {
+        alu_mem_imm(e, OR, CPU, AT(daif), (int32_t)u->imm);
+    } else {
+        alu_mem_imm(e, AND, CPU, AT(daif), ~(int32_t)u->imm);
+    }
+    comes_back(e, o);
+}
+
+/* Bytes, then nibbles, pairs and bits in them. */
+static void emit_rbit(struct emit *e, const struct uop *u, uint32_t arg) {
+    unsigned w = arg & WIDE, n = use(e, u->rn);
+    static const uint64_t masks[] = {0x0f0f0f0f0f0f0f0f, 0x3333333333333333, 0x5555555555555555};
+    mov(e, w, RAX, n);
+    opcode(e, w, 0x0fc8 | RAX, 0, 0, RAX);
+    for (unsigned i = 0; i < 3; i++) {
+        mov_imm(e, RCX, w ? masks[i] : (uint32_t)masks[i]);
+        mov(e, w, RDX, RAX);
+        shift(e, w, SHR, RDX, 4 >> i);
+        alu(e, w, AND, RDX, RCX);
+        alu(e, w, AND, RAX, RCX);
+        shift(e, w, SHL, RAX, 4 >> i);
+        alu(e, w, OR, RAX, RDX);
+    }
+    mov(e, 1, def(e, u->rd), RAX);
+}
+
 /* ---- The table --------------------------------------------------------------------------------------------------- */
 
 #define ARG(w, what, kind, more) ((w) | (what) << WHAT | (kind) << KIND | (more))
@@ -687,6 +740,11 @@ const struct emitter jit_x64_int[] = {
     {p_blr, emit_br, 1, TRAPS | ENDS | KEEPS | NO_RD | LINKS},
     {p_nop, emit_nothing, 0, KEEPS | NO_RD},
     {p_dmb, emit_barrier, 0, NO_RD},
+    WIDTHS(rbit, , emit_rbit, 0, 0),
+    {p_mrs_daif, emit_mrs_daif, 0, TRAPS},
+    {p_msr_daif, emit_msr_daif, DAIF_WRITE, TRAPS | ENDS | NO_RD},
+    {p_msr_daifset, emit_msr_daif, DAIF_SET, TRAPS | NO_RD},
+    {p_msr_daifclr, emit_msr_daif, DAIF_CLEAR, TRAPS | ENDS | NO_RD},
     {p_mrs_tpidr_el0, emit_mrs_plain, AT(sys.tpidr_el0), KEEPS},
     {p_mrs_sp_el0, emit_mrs_sp_el0, 0, TRAPS},
     {p_mrs_tpidr_el1, emit_mrs_tpidr_el1, 0, TRAPS},

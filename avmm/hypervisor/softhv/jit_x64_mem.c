@@ -409,6 +409,64 @@ static void emit_literal(struct emit *e, const struct uop *u, uint32_t arg) {
     comes_back(e, o);
 }
 
+/* ---- Atomics: the host's are stronger than any of Arm's orders --------------------------------------------------- */
+
+/* RAX: the host's address, in RDX when `moved`. */
+static struct outlined *atomic_address(struct emit *e, const struct uop *u, unsigned n, unsigned size, bool moved) {
+    struct outlined *o = slow_call(e, u);
+    uint32_t arg = size | STORES | ALIGNED | M_BASE << MODE;
+    address(e, u, arg, (struct operands){n, NO_REG}, o);
+    translate(e, o, 1u << size, true, false);
+    if (moved)
+        mov(e, 1, RDX, RAX);
+    return o;
+}
+
+/* arg: log2 of the size, 2 or 3. */
+static void emit_cas(struct emit *e, const struct uop *u, uint32_t arg) {
+    unsigned w = arg == 3, n = use(e, u->rn), t = use(e, u->rd), m = use(e, u->rm), d = reserve(e, u->ra);
+    struct outlined *o = atomic_address(e, u, n, arg, true);
+    mov(e, w, RAX, m);
+    byte(e, 0xf0);
+    op_rm(e, w, 0x0fb1, t, RDX, 0);
+    if (u->ra != R_SINK) {
+        mov(e, w, d, RAX);
+        dirty(e, u->ra);
+    }
+    comes_back(e, o);
+}
+
+enum { A_SWP, A_ADD, A_CLR, A_EOR, A_SET };
+enum { OPERATION = 3 }; /* above the size in arg */
+static void emit_fetch(struct emit *e, const struct uop *u, uint32_t arg) {
+    unsigned size = arg & 7, w = size == 3, what = arg >> OPERATION;
+    if (what > A_ADD && u->rd != R_SINK) { /* the host does not tell what was there */
+        call_kept(e, u);
+        return;
+    }
+    unsigned n = use(e, u->rn), m = use(e, u->rm), d = reserve(e, u->rd);
+    struct outlined *o = atomic_address(e, u, n, size, false);
+    mov(e, 1, RCX, m);
+    if (what == A_CLR)
+        op_rr(e, 1, 0xf7, 2, RCX);
+    if (what != A_SWP)
+        byte(e, 0xf0);
+    switch (what) {
+    case A_SWP: op_rm(e, w, 0x87, RCX, RAX, 0); break;
+    case A_ADD: op_rm(e, w, 0x0fc1, RCX, RAX, 0); break;
+    case A_EOR: op_rm(e, w, 8 * XOR + 1, RCX, RAX, 0); break;
+    case A_SET: op_rm(e, w, 8 * OR + 1, RCX, RAX, 0); break;
+    default: op_rm(e, w, 8 * AND + 1, RCX, RAX, 0);
+    }
+    if (u->rd != R_SINK) {
+        mov(e, w, d, RCX);
+        dirty(e, u->rd);
+    }
+    comes_back(e, o);
+}
+
+static void emit_kept(struct emit *e, const struct uop *u, uint32_t arg) { call_kept(e, u); }
+
 static void emit_nothing(struct emit *e, const struct uop *u, uint32_t arg) {}
 
 /* ---- The table --------------------------------------------------------------------------------------------------- */
@@ -424,6 +482,10 @@ static void emit_nothing(struct emit *e, const struct uop *u, uint32_t arg) {}
 #define VECTORS(letter, size) INDEXED(ldr_##letter, (size) | VECTOR), INDEXED(str_##letter, (size) | VECTOR | STORES)
 #define VECTOR_PAIRS(letter, size)                                                                                     \
     MODES(ldp_##letter, (size) | VECTOR | PAIR), MODES(stp_##letter, (size) | VECTOR | PAIR | STORES)
+#define FETCH(name, what)                                                                                              \
+    {p_##name##32, emit_fetch, 2 | (what) << OPERATION, TRAPS},                                                        \
+        {p_##name##64, emit_fetch, 3 | (what) << OPERATION, TRAPS}
+#define KEPT(name, effects) {p_##name, emit_kept, 0, TRAPS | (effects)}
 #define ORDERED(width, size)                                                                                           \
     ACCESS(ldar##width, M_BASE, (size) | ALIGNED), ACCESS(stlr##width, M_BASE, (size) | STORES | ALIGNED | FENCED)
 
@@ -465,6 +527,21 @@ const struct emitter jit_x64_mem[] = {
     {p_ldr_d_literal, emit_literal, 3 | VECTOR, TRAPS | NO_RD},
     {p_ldr_q_literal, emit_literal, 4 | VECTOR, TRAPS | NO_RD},
     {p_prfm, emit_nothing, 0, KEEPS | NO_RD},
+    {p_cas32, emit_cas, 2, TRAPS | NO_RD | AND_RA},
+    {p_cas64, emit_cas, 3, TRAPS | NO_RD | AND_RA},
+    FETCH(swp, A_SWP),
+    FETCH(ldadd, A_ADD),
+    FETCH(ldclr, A_CLR),
+    FETCH(ldeor, A_EOR),
+    FETCH(ldset, A_SET),
+    KEPT(ldxr8, 0),
+    KEPT(ldxr16, 0),
+    KEPT(ldxr32, 0),
+    KEPT(ldxr64, 0),
+    KEPT(stxr8, NO_RD | AND_RM),
+    KEPT(stxr16, NO_RD | AND_RM),
+    KEPT(stxr32, NO_RD | AND_RM),
+    KEPT(stxr64, NO_RD | AND_RM),
     {NULL, NULL, 0, 0},
 };
 

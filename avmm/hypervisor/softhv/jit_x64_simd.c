@@ -1,6 +1,6 @@
 /*
- * x86-64 code for floating point, Advanced SIMD and the cryptographic extension. Vector registers live in the vCPU; XMM0
- * to XMM4 are scratch. What has no code here is a call of its op that keeps the general registers where they are.
+ * x86-64 code for floating point, Advanced SIMD and the cryptographic extension. Vector registers live in the vCPU, and
+ * XMM0 to XMM4 are scratch. What has no code here is a call of its op that keeps the general registers where they are.
  */
 #include "jit_x64.h"
 
@@ -25,7 +25,8 @@ enum {
     SHIFT_W = 0x660f71, SHIFT_D = 0x660f72, SHIFT_Q = 0x660f73, /* by an immediate: */
     RIGHT = 2, ARITHMETIC = 4, LEFT = 6,
     PALIGNR = MAP_3A | 0x660f0f, PCLMULQDQ = MAP_3A | 0x660f44,
-    AESIMC = MAP_38 | 0x660fdb, AESENC = MAP_38 | 0x660fdc, AESENCLAST = MAP_38 | 0x660fdd, AESDECLAST = MAP_38 | 0x660fdf,
+    AESIMC = MAP_38 | 0x660fdb, AESENC = MAP_38 | 0x660fdc,
+    AESENCLAST = MAP_38 | 0x660fdd, AESDECLAST = MAP_38 | 0x660fdf,
     SHA256RNDS2 = MAP_38 | 0x0fcb, SHA256MSG1 = MAP_38 | 0x0fcc, SHA256MSG2 = MAP_38 | 0x0fcd
 };
 
@@ -432,7 +433,7 @@ static void emit_pmull(struct emit *e, const struct uop *u, uint32_t arg) {
  * In line is what fpu.h calls its fast path, a little narrower: round to nearest, nothing flushed, inexactness already
  * noted, and a result that is far from the ends of the range. All else is the op's.
  */
-enum { DOUBLE = 1, NEAR_ENDS = 2 /* a result that is tiny does no harm */, WHAT = 3 /* and the rest: the opcode ... */ };
+enum { DOUBLE = 1, NEAR_ENDS = 2 /* a tiny result does no harm */, WHAT = 3 /* and the rest: the opcode ... */ };
 static void usual_mode(struct emit *e, struct outlined *o) {
     op_rm(e, 0, 0xf7, 0, CPU, AT(fpcr)); /* TEST */
     word32(e, FPCR_RMODE | FPCR_FZ);
@@ -602,12 +603,13 @@ static void emit_to_int(struct emit *e, const struct uop *u, uint32_t arg) {
     comes_back(e, o);
 }
 
-/* ---- The table: the last entry for an op counts ------------------------------------------------------------------- */
+/* ---- The table: the last entry for an op counts ------------------------------------------------------------------ */
 
 #define BOTH(name, emitter, arg)                                                                                       \
     {p_##name##_s, emitter, arg, TRAPS | NO_RD}, {p_##name##_d, emitter, (arg) | DOUBLE, TRAPS | NO_RD}
 #define COMPARE(name, arg)                                                                                             \
-    {p_##name##_s, emit_fcmp, arg, SETS | TRAPS | NO_RD}, {p_##name##_d, emit_fcmp, (arg) | DOUBLE, SETS | TRAPS | NO_RD}
+    {p_##name##_s, emit_fcmp, arg, SETS | TRAPS | NO_RD},                                                              \
+        {p_##name##_d, emit_fcmp, (arg) | DOUBLE, SETS | TRAPS | NO_RD}
 #define OPCODE(last_byte) ((last_byte) << WHAT)
 #define LANES(name, which) {p_v_##name, emit_lanes, which, TRAPS | NO_RD}
 

@@ -140,6 +140,45 @@ static void note_cached(struct vcpu *c, uint64_t va, const struct translation *t
     c->counters.tlb_misses++;
 }
 
+/* Whatever tag the VA has. */
+static uint64_t canonical(uint64_t va) { return (uint64_t)((int64_t)(va << 8) >> 8); }
+
+static bool places_have(const struct places *places, uint64_t va) {
+    va = canonical(va);
+    for (uint32_t i = 0; i < places->count; i++)
+        if (va >= places->at[i].low && va <= places->at[i].high)
+            return true;
+    return false;
+}
+
+/* The mapping of that size around `va`: by itself, as part of a range it touches, or of the nearest if none is free. */
+static void places_add(struct places *places, uint64_t va, unsigned page_bits) {
+    uint64_t low = canonical(va) & ~(BIT(page_bits) - 1), high = low + (BIT(page_bits) - 1), nearest = UINT64_MAX;
+    uint32_t best = places->count;
+    for (uint32_t i = 0; i < places->count; i++) {
+        uint64_t gap = low > places->at[i].high   ? low - places->at[i].high
+                       : places->at[i].low > high ? places->at[i].low - high
+                                                  : 0;
+        if (gap < nearest && (gap <= BIT(16) || places->count == PLACES_MAX)) {
+            nearest = gap;
+            best = i;
+        }
+    }
+    if (best == places->count) {
+        places->at[places->count].low = low;
+        places->at[places->count++].high = high;
+    } else {
+        if (places->at[best].low > low)
+            places->at[best].low = low;
+        if (places->at[best].high < high)
+            places->at[best].high = high;
+    }
+    if (places->page_bits < page_bits)
+        places->page_bits = (uint8_t)page_bits;
+}
+
+static void places_clear(struct places *places) { places->count = places->page_bits = 0; }
+
 static void tlb_fill(struct vcpu *c, uint64_t va, unsigned idx, const struct translation *t, struct ram *ram) {
     struct tlb_entry *e = &c->tlb[idx][(va >> PAGE_BITS) & (TLB_SIZE - 1)];
     uint64_t page = va & PAGE_MASK, pa = t->pa & PAGE_MASK;
@@ -151,16 +190,8 @@ static void tlb_fill(struct vcpu *c, uint64_t va, unsigned idx, const struct tra
     note_cached(c, va, t);
     c->cached_data[idx][half_of(va)] = true;
     if (t->page_bits > PAGE_BITS)
-        c->large_data[idx][half_of(va)] = true;
+        places_add(&c->large_data[half_of(va)], va, t->page_bits);
 }
-
-static void no_code(struct vcpu *c, unsigned half) {
-    c->code[half].low = ~UINT64_C(0);
-    c->code[half].high = 0;
-    c->code[half].page_bits = 0;
-}
-
-static bool has_code(const struct vcpu *c, unsigned half) { return c->code[half].low <= c->code[half].high; }
 
 static inline bool in_half(uint64_t va, unsigned half) { return va != TLB_NONE && half_of(va) == half; }
 
@@ -180,16 +211,10 @@ static void drop_row(struct vcpu *c, unsigned el, uint64_t va) {
 }
 
 static void fetch_fill(struct vcpu *c, struct fetch_entry *e, const struct translation *t, struct ram *ram) {
-    uint64_t pa = t->pa & PAGE_MASK, size = BIT(t->page_bits), start = c->pc & ~(size - 1);
-    unsigned half = half_of(c->pc);
+    uint64_t pa = t->pa & PAGE_MASK;
     *e = (struct fetch_entry){c->pc & PAGE_MASK, pa, ram->host + (pa - ram->ipa)};
     note_cached(c, c->pc, t);
-    if (c->code[half].low > start)
-        c->code[half].low = start;
-    if (c->code[half].high < start + (size - 1))
-        c->code[half].high = start + (size - 1);
-    if (c->code[half].page_bits < t->page_bits)
-        c->code[half].page_bits = t->page_bits;
+    places_add(&c->code[half_of(c->pc)], c->pc, t->page_bits);
 }
 
 static void drop_code_of(struct vcpu *c, unsigned el) {
@@ -206,9 +231,10 @@ void tlb_flush_half(struct vcpu *c, unsigned half) {
             if (in_half(e->read, half) || in_half(e->write, half))
                 e->read = e->write = TLB_NONE;
         }
-        c->cached_data[idx][half] = c->large_data[idx][half] = false;
+        c->cached_data[idx][half] = false;
     }
-    if (has_code(c, half)) {
+    places_clear(&c->large_data[half]);
+    if (c->code[half].count) {
         for (unsigned el = 0; el < 2; el++)
             for (unsigned i = 0; i < FETCH_SIZE; i++)
                 if (in_half(c->fetch[el][i].va, half))
@@ -216,7 +242,7 @@ void tlb_flush_half(struct vcpu *c, unsigned half) {
         for (unsigned el = 0; el < 2; el++)
             if (c->jump_half[el][half])
                 drop_code_of(c, el);
-        no_code(c, half);
+        places_clear(&c->code[half]);
     }
     c->cached[half] = c->nonglobal[half] = false;
     c->counters.tlb_flushes++;
@@ -238,9 +264,10 @@ void tlb_flush_all(struct vcpu *c) {
     memset(c->cached, 0, sizeof c->cached);
     memset(c->nonglobal, 0, sizeof c->nonglobal);
     memset(c->cached_data, 0, sizeof c->cached_data);
-    memset(c->large_data, 0, sizeof c->large_data);
-    no_code(c, 0);
-    no_code(c, 1);
+    for (unsigned half = 0; half < 2; half++) {
+        places_clear(&c->large_data[half]);
+        places_clear(&c->code[half]);
+    }
     c->counters.tlb_flushes++;
 }
 
@@ -257,7 +284,7 @@ static bool same_mapping(const struct tlb_entry *e, uint64_t entry_va, uint64_t 
 
 static void flush_code_va(struct vcpu *c, uint64_t va) {
     unsigned half = half_of(va);
-    if (va < c->code[half].low || va > c->code[half].high)
+    if (!places_have(&c->code[half], va))
         return;
     for (unsigned el = 0; el < 2; el++) {
         if (c->code[half].page_bits > PAGE_BITS) {
@@ -276,10 +303,11 @@ void tlb_flush_va(struct vcpu *c, uint64_t va) {
     unsigned half = half_of(va);
     if (!c->cached[half])
         return;
+    bool large = places_have(&c->large_data[half], va);
     for (unsigned idx = 0; idx < MMU_COUNT; idx++) {
         struct tlb_entry *bank = c->tlb[idx], *own = &bank[(va >> PAGE_BITS) & (TLB_SIZE - 1)];
         own->read = own->write = TLB_NONE;
-        for (unsigned i = 0; c->large_data[idx][half] && i < TLB_SIZE; i++)
+        for (unsigned i = 0; large && i < TLB_SIZE; i++)
             if (same_mapping(&bank[i], bank[i].read, va) || same_mapping(&bank[i], bank[i].write, va))
                 bank[i].read = bank[i].write = TLB_NONE;
     }
