@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from avmm.bootloader import compress, deb, initrd
+from avmm.config import VmConfig
 from avmm.errors import FetchError, ImageError
 
 #: The meta package that depends on the newest kernel of each flavour.
@@ -84,6 +85,12 @@ def cache_directory() -> Path:
     """The user's cache for avmm (XDG base directory specification)."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "avmm"
+
+
+def ready_pattern(config: VmConfig) -> bytes | None:
+    """What a guest prints when it is up, if its initrd is one that we have made and runs the shell; else None."""
+    ours = config.initrd is not None and config.initrd.absolute().is_relative_to(cache_directory() / "debian")
+    return rb"avmm: Debian \S+ ready" if ours and "avmm.init=" not in config.cmdline else None
 
 
 # --- the cache: an index names the files, their checksums and what they were made with ---------------------------

@@ -179,6 +179,8 @@ class VirtualMachine(Commands):
             if origin is None:
                 entry = self._load()
             else:
+                for each in self._all(AgentAttachment):
+                    each.agent.renew = True
                 origin.check(config.cpus, config.memory)
                 await restore_machine(self._parts(), origin.state)
         except BaseException:

@@ -27,9 +27,7 @@ class AgentAttachment(Attachment):
 
     def fork(self) -> AgentAttachment:
         """See :class:`Attachment`: the twin's agent goes on with the commands it runs, and nobody hears of them."""
-        twin = AgentAttachment()
-        twin.agent.renew = True
-        return twin
+        return AgentAttachment()
 
     async def run(self) -> None:
         """See :class:`Attachment`."""

@@ -26,7 +26,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's own); the exit code, see :class:`ExitCode`."""
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    # What follows "--" is the guest's, whatever it looks like.
+    split = words.index("--") if "--" in words and words[0] == "boot" else len(words)
+    args = parser().parse_args(words[:split])
+    args.guest_command = words[split + 1 :] if split < len(words) else None
     from avmm.errors import ConfigError, HostError, ImageError
 
     try:

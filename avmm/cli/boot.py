@@ -12,7 +12,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     p = commands.add_parser(
         "boot",
         help="boot a kernel with its console on this terminal",
-        description="Boot an arm64 Linux kernel. The guest's console is on stdin and stdout; Ctrl-A x quits.",
+        description="Boot an arm64 Linux kernel. The guest's console is on stdin and stdout; Ctrl-A x quits. "
+        "With -- COMMAND at the end, the command runs in the guest with stdin, stdout and stderr, and its exit code is "
+        "avmm's.",
         epilog="exit codes: 0 guest power-off, 2 bad usage or image, 3 engine or avmm error, 4 guest panic, "
         "5 guest fault, 124 timeout, 128+N ended by signal N",
         allow_abbrev=False,
@@ -71,6 +73,7 @@ def _seconds(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     """Boot, or say what would be booted."""
     from avmm.config import VmConfig
+    from avmm.errors import ConfigError
 
     config = VmConfig.resolve(
         args.kernel,
@@ -88,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
         pcap=args.pcap,
         shares=args.shares,
         vsock=args.vsock,
+        agent=args.guest_command is not None,
     )
     if args.dry_run:
         import json
@@ -98,7 +102,6 @@ def run(args: argparse.Namespace) -> int:
         return ExitCode.POWER_OFF
     if args.dump_dtb:
         from avmm.describe import device_tree
-        from avmm.errors import ConfigError
 
         try:
             with open(args.dump_dtb, "wb") as file:
@@ -108,6 +111,16 @@ def run(args: argparse.Namespace) -> int:
         return ExitCode.POWER_OFF
     from avmm.cli import attach
 
+    if args.guest_command is not None:
+        if not args.guest_command:
+            raise ConfigError("which command? avmm boot KERNEL INITRD -- COMMAND")
+        from avmm.cli import command
+
+        if args.verbose or args.trace:
+            attach.configure_logging(args.verbose)
+        return command.run(
+            config, args.guest_command, timeout=args.timeout, monitor=not args.no_monitor, trace=args.trace
+        )
     if args.verbose or args.trace:
         attach.configure_logging(args.verbose)
     return attach.run(config, timeout=args.timeout, timing=args.timing, monitor=not args.no_monitor, trace=args.trace)

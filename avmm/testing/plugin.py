@@ -189,19 +189,19 @@ async def _guest(config: pytest.Config, wanted: dict[str, Any]) -> None:
 
     debian = await asyncio.to_thread(fetch_debian, progress=lambda text: None)
     wanted |= {"kernel": debian.kernel, "initrd": wanted.get("initrd", debian.initrd)}
-    if wanted["initrd"] == debian.initrd and "avmm.init=" not in wanted.get("append", ""):
-        wanted.setdefault("ready", rb"avmm: Debian \S+ ready")
 
 
 async def _boot(config: pytest.Config, wanted: dict[str, Any]) -> VirtualMachine:
     """A VM whose guest is up."""
     import avmm
+    from avmm.debian import ready_pattern
 
     wanted = dict(wanted)
     await _guest(config, wanted)
     ready, timeout = wanted.pop("ready", None), wanted.pop("boot_timeout", BOOT_TIMEOUT)
     vm = await avmm.boot(**wanted)
     try:
+        ready = ready or ready_pattern(vm.config)
         if ready is not None:
             await vm.console.expect(ready, timeout=timeout)
         await vm.wait_ready(timeout=timeout)

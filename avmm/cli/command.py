@@ -1,0 +1,108 @@
+"""``avmm boot KERNEL INITRD -- CMD…``: a command in the guest with this process's streams, and its exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+
+import uvloop
+
+from avmm.cli.exitcodes import ExitCode
+from avmm.cli.terminal import EscapeKey, Output, raw_mode, read_input, say
+from avmm.config import VmConfig
+from avmm.debian import ready_pattern
+from avmm.errors import AvmmError, ConfigError, GuestError, GuestPanic, WaitTimeout
+from avmm.guest.process import Process
+from avmm.vm import VirtualMachine
+
+#: Console output kept for a guest that does not come up, in bytes, and how much of it is shown.
+_KEEP, _SHOWN = 1 << 16, 2000
+
+
+def run(config: VmConfig, argv: list[str], *, timeout: float | None, monitor: bool, trace: str | None) -> int:
+    """Boot, run ``argv`` in the guest, end the guest; the command's exit code, 128+N when signal N killed it."""
+    if config.agent is None:
+        raise ConfigError("a command needs an initrd: avmm boot KERNEL INITRD -- COMMAND")
+    return uvloop.run(_run(config, argv, timeout, monitor, trace))
+
+
+async def _run(config: VmConfig, argv: list[str], timeout: float | None, monitor: bool, trace: str | None) -> int:
+    loop = asyncio.get_running_loop()
+    quitting: asyncio.Future[int] = loop.create_future()
+
+    def quit(code: int) -> None:
+        if not quitting.done():
+            quitting.set_result(code)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, quit, ExitCode.SIGNAL + number)
+    vm = VirtualMachine(config, keep_output=_KEEP, monitor=monitor, trace=trace)
+    async with vm:
+        work = asyncio.create_task(_command(vm, argv, quit))
+        await asyncio.wait((work, quitting), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+            if quitting.done():
+                return quitting.result()
+            say(f"avmm: the command had not ended after {timeout:g} s")
+            return ExitCode.TIMEOUT
+        try:
+            return work.result()
+        except AvmmError as error:
+            last = vm.console.output[-_SHOWN:].decode(errors="replace").replace("\r\n", "\n").strip()
+            say(f"avmm: {error}" + (f"; the guest's console last showed:\n{last}" if last else ""))
+            if isinstance(error, GuestPanic):
+                return ExitCode.PANIC
+            return ExitCode.GUEST if isinstance(error, GuestError | WaitTimeout) else ExitCode.HOST
+
+
+async def _command(vm: VirtualMachine, argv: list[str], quit: Callable[[int], None]) -> int:
+    if (pattern := ready_pattern(vm.config)) is not None:
+        await vm.console.expect(pattern)
+    broken = ExitCode.SIGNAL + signal.SIGPIPE
+    terminal = os.isatty(0) and os.isatty(1)
+    async with contextlib.AsyncExitStack() as stack:
+        size = os.get_terminal_size(0) if terminal else (80, 24)
+        env = {"TERM": os.environ.get("TERM", "dumb")} if terminal else None
+        process = await stack.enter_async_context(await vm.popen(*argv, pty=terminal, size=(size[0], size[1]), env=env))
+        outputs = [Output(fd, on_broken=lambda: quit(broken)) for fd in ((1,) if terminal else (1, 2))]
+        for output in outputs:
+            stack.callback(output.flush)
+        keys = None
+        if terminal:
+            keys = EscapeKey(lambda: quit(ExitCode.SIGNAL + signal.SIGHUP), lambda: None)
+            stack.enter_context(raw_mode(0))
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGWINCH, lambda: process.resize(*os.get_terminal_size(0)))
+            stack.callback(loop.remove_signal_handler, signal.SIGWINCH)
+        typing = asyncio.create_task(_type(process, keys))
+        readers = [reader for reader in (process.stdout, process.stderr) if reader is not None]
+        try:
+            await asyncio.gather(*map(_show, readers, outputs))
+            code = await process.wait()
+        finally:
+            typing.cancel()
+            await asyncio.gather(typing, return_exceptions=True)
+    return code if code >= 0 else ExitCode.SIGNAL - code
+
+
+async def _type(process: Process, keys: EscapeKey | None) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        async for data in read_input(0):
+            process.stdin.write(keys.feed(data) if keys is not None else data)
+            await process.stdin.drain()
+        process.stdin.write_eof()
+
+
+async def _show(reader: asyncio.StreamReader, output: Output) -> None:
+    room = asyncio.Event()
+    room.set()
+    output.on_full = lambda full: room.clear() if full else room.set()
+    while data := await reader.read(1 << 16):
+        output.write(data)
+        await room.wait()
