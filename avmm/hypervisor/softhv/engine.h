@@ -298,7 +298,9 @@ struct vcpu {
         uint64_t pa;  /* ~0: open */
         uint64_t value[2];
         uint32_t size;
-    } monitor;        /* the exclusive monitor */
+        _Atomic uint64_t *slot; /* of vm->exclusive, and what it held */
+        uint64_t version;
+    } monitor;        /* the exclusive monitor: exec_atomic.c */
     struct sysregs sys;
     uint64_t vtimer_offset;
     struct tlb_entry tlb[MMU_COUNT][TLB_SIZE];
@@ -315,6 +317,7 @@ struct vcpu {
     struct jit *jit;   /* and compiled ones, the back end's; NULL: none */
     struct mail mail;
     bool posted;       /* mail that the next DSB waits for */
+    uint8_t yields;    /* instructions of that name, modulo 256 */
     uint64_t map_gen;  /* of the VM, when the caches above were last brought up to date */
     _Atomic bool event; /* the event register of WFE */
     _Atomic bool inside; /* the guest: it reads mail soon */
@@ -490,6 +493,7 @@ void mail_tlbi(struct vcpu *c, unsigned op, uint64_t argument); /* from c to all
 void mail_code(struct vm *vm, const struct vcpu *from, uint64_t pa, uint64_t size); /* to all, or all others; any thread */
 void mail_read(struct vcpu *c);  /* by its own thread, between blocks or as the last thing of one */
 void mail_sync(struct vcpu *c);  /* the same; returns when all others have read what c has sent them */
+void mail_wait(struct vcpu *c);  /* the same; while others are waited for by mail_sync(), make room for them */
 void tlbi(struct vcpu *c, unsigned op, uint64_t argument); /* exec_sys.c: on this vCPU */
 
 /* ---- fault.c: hooks for a VM with vm->faults ------------------------------------------------------------------------------ */
@@ -542,6 +546,7 @@ struct ram {
 struct code; /* code.c's */
 struct jit;  /* the back end's */
 
+enum { EXCLUSIVE_SLOTS = 1 << 10 };
 enum { CODE_MARKS = 1 << 20 /* pages, so 4 GiB before two share a mark */ };
 
 struct vm {
@@ -552,6 +557,8 @@ struct vm {
     uint32_t inside;          /* vCPUs in the guest */
     _Atomic uint32_t stoppers; /* those who wait to change the memory map */
     pthread_cond_t all_out;   /* for them */
+    _Atomic uint32_t syncing; /* vCPUs in mail_sync() */
+    pthread_cond_t mail_read; /* for them: a vCPU has read its mail, is outside, or has got some */
     struct ram ram[RAM_MAX];
     uint32_t ram_count;
     struct vcpu *vcpus[VCPU_MAX];
@@ -560,6 +567,7 @@ struct vm {
     size_t jit_limit;
     uint64_t map_gen;      /* counts what makes vCPUs drop cached pointers to RAM */
     _Atomic uint64_t marked[CODE_MARKS / 64]; /* pages that may have blocks */
+    _Atomic uint64_t exclusive[EXCLUSIVE_SLOTS]; /* by address: exec_atomic.c */
     uint32_t ipa_bits;
     bool created;
     struct faults *faults; /* NULL: it behaves */

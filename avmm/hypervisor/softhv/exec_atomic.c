@@ -1,9 +1,13 @@
 /*
  * Exclusives and the atomics of FEAT_LSE, as host atomics on guest memory.
  *
- * The exclusive monitor remembers address, size and value; a store-exclusive is a compare-and-swap against that value.
- * It cannot see a write that put the old value back (ABA), which no vCPU can make while vCPUs take turns within
- * an exclusive pair.
+ * The exclusive monitor remembers address, size and value; a store-exclusive is a compare-and-swap against that value. By
+ * itself that would not see that the value had changed and changed back in between (ABA), which hands out an element of
+ * a lock-free list twice. So store-exclusives count: each address has a slot, a word whose upper bits a successful
+ * store-exclusive raises and whose bit 0 says that one is under way. One whose slot has moved since its load-exclusive
+ * fails. Addresses that share a slot make each other fail for nothing, which the architecture allows (B2.9.5).
+ * What stays unseen is a plain store, or an atomic, that puts the very old value back: code that mixes them with
+ * exclusives on one location cannot mean anything by a value that it allows to recur.
  */
 #include "exec_mem.h"
 
@@ -80,11 +84,29 @@ static inline bool compare_swap_64(void *p, uint64_t *expected, uint64_t desired
     return __atomic_compare_exchange_n((uint64_t *)p, expected, desired, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
 
+enum { SLOT_BUSY = 1, SLOT_STEP = 2 };
+
+/* Before the load. */
+static inline void monitor_slot(struct vcpu *c, uint64_t pa) {
+    c->monitor.slot = &c->vm->exclusive[(pa >> 4 ^ pa >> 14) % EXCLUSIVE_SLOTS];
+    c->monitor.version = atomic_load(c->monitor.slot);
+}
+
 static inline void monitor_set(struct vcpu *c, uint64_t pa, uint32_t size, uint64_t low, uint64_t high) {
     c->monitor.pa = pa;
     c->monitor.size = size;
     c->monitor.value[0] = low;
     c->monitor.value[1] = high;
+}
+
+static inline bool store_begins(struct vcpu *c) {
+    uint64_t version = c->monitor.version;
+    return !(version & SLOT_BUSY) &&
+           atomic_compare_exchange_strong(c->monitor.slot, &version, version | SLOT_BUSY);
+}
+static inline bool store_ends(struct vcpu *c, bool stored) {
+    atomic_store(c->monitor.slot, c->monitor.version + (stored ? SLOT_STEP : 0));
+    return stored;
 }
 
 /*
@@ -111,6 +133,7 @@ static inline void monitor_set(struct vcpu *c, uint64_t pa, uint32_t size, uint6
         const type *p = mem_ptr(c, u, base, sizeof *p, c->mmu_idx, false, &pa);                                        \
         if (unlikely(!p))                                                                                              \
             return false;                                                                                              \
+        monitor_slot(c, pa);                                                                                           \
         type v = __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                                 \
         monitor_set(c, pa, sizeof v, v, 0);                                                                            \
         c->x[u->rd] = v;                                                                                               \
@@ -119,7 +142,8 @@ static inline void monitor_set(struct vcpu *c, uint64_t pa, uint32_t size, uint6
     OP(stxr##width) {                                                                                                  \
         STORE_EXCLUSIVE_BEGIN(sizeof(type))                                                                            \
         type expected = (type)c->monitor.value[0];                                                                     \
-        c->x[u->rm] = !(p && compare_swap_##width(p, &expected, (type)c->x[u->rd]));                                   \
+        c->x[u->rm] = !(p && store_begins(c) &&                                                                        \
+                        store_ends(c, compare_swap_##width(p, &expected, (type)c->x[u->rd])));                         \
         return true;                                                                                                   \
     }
 EXCLUSIVES(8, uint8_t)
@@ -133,6 +157,7 @@ OP(ldxp32) {
     const uint64_t *p = mem_ptr(c, u, base, 8, c->mmu_idx, false, &pa);
     if (unlikely(!p))
         return false;
+    monitor_slot(c, pa);
     uint64_t v = __atomic_load_n(p, __ATOMIC_SEQ_CST);
     monitor_set(c, pa, 8, v, 0);
     c->x[u->rd] = (uint32_t)v;
@@ -142,7 +167,7 @@ OP(ldxp32) {
 OP(stxp32) {
     STORE_EXCLUSIVE_BEGIN(8)
     uint64_t expected = c->monitor.value[0], desired = c->x[u->ra] << 32 | (uint32_t)c->x[u->rd];
-    c->x[u->rm] = !(p && compare_swap_64(p, &expected, desired));
+    c->x[u->rm] = !(p && store_begins(c) && store_ends(c, compare_swap_64(p, &expected, desired)));
     return true;
 }
 
@@ -153,6 +178,7 @@ OP(ldxp64) {
     const uint64_t *p = mem_ptr(c, u, base, 16, c->mmu_idx, false, &pa);
     if (unlikely(!p))
         return false;
+    monitor_slot(c, pa);
     uint64_t low = __atomic_load_n(&p[0], __ATOMIC_SEQ_CST), high = __atomic_load_n(&p[1], __ATOMIC_SEQ_CST);
     monitor_set(c, pa, 16, low, high);
     c->x[u->rd] = low;
@@ -163,7 +189,7 @@ OP(stxp64) {
     STORE_EXCLUSIVE_BEGIN(16)
     uint64_t expected[2] = {c->monitor.value[0], c->monitor.value[1]};
     const uint64_t desired[2] = {c->x[u->rd], c->x[u->ra]};
-    c->x[u->rm] = !(p && compare_swap_128(p, expected, desired));
+    c->x[u->rm] = !(p && store_begins(c) && store_ends(c, compare_swap_128(p, expected, desired)));
     return true;
 }
 

@@ -96,8 +96,10 @@ OP(yield) {
     if (atomic_load_explicit(&c->poll, memory_order_relaxed) & POLL_TURN) {
         c->turn_start = 0;
         force_poll(c);
-    } else if (c->vm->vcpu_count > 1) {
-        sched_yield();
+    } else if (c->vm->vcpu_count > 1 && !(c->yields++ % 64)) {
+        sched_yield(); /* which may take long where the host is busy: not each time */
+    } else {
+        cpu_relax();
     }
     return true;
 }

@@ -8,9 +8,7 @@
 #define _GNU_SOURCE
 #include "engine.h"
 
-#include <sched.h>
-
-enum { SPINS = 256 }; /* a vCPU looks at its mail after a few hundred instructions, when the host lets it run */
+enum { SPIN_NS = 20000 };
 
 static void post_tlbi(struct vcpu *to, unsigned op, uint64_t argument) {
     struct mail *mail = &to->mail;
@@ -41,6 +39,12 @@ static void post_code(struct vcpu *to, uint64_t pa, uint64_t size) {
     pthread_mutex_unlock(&mail->lock);
 }
 
+/* vm->lock held. */
+static void wake(struct vm *vm) {
+    if (atomic_load(&vm->syncing))
+        pthread_cond_broadcast(&vm->mail_read);
+}
+
 void mail_tlbi(struct vcpu *c, unsigned op, uint64_t argument) {
     struct vm *vm = c->vm;
     if (vm->vcpu_count == 1) /* one that is being created has nothing to forget */
@@ -49,6 +53,7 @@ void mail_tlbi(struct vcpu *c, unsigned op, uint64_t argument) {
     for (uint32_t i = 0; i < vm->vcpu_count; i++)
         if (vm->vcpus[i] != c)
             post_tlbi(vm->vcpus[i], op, argument);
+    wake(vm);
     pthread_mutex_unlock(&vm->lock);
     c->posted = true;
 }
@@ -75,6 +80,7 @@ void mail_code(struct vm *vm, const struct vcpu *from, uint64_t pa, uint64_t siz
     for (uint32_t i = 0; i < vm->vcpu_count; i++)
         if (vm->vcpus[i] != from)
             post_code(vm->vcpus[i], pa, end - pa);
+    wake(vm);
     pthread_mutex_unlock(&vm->lock);
 }
 
@@ -94,29 +100,56 @@ void mail_read(struct vcpu *c) {
     mail->tlb_count = mail->code_count = 0;
     atomic_fetch_and(&c->poll, ~(uint32_t)POLL_MAIL); /* last: mail_sync() of others waits for it */
     pthread_mutex_unlock(&mail->lock);
+    if (atomic_load(&c->vm->syncing)) {
+        pthread_mutex_lock(&c->vm->lock);
+        wake(c->vm);
+        pthread_mutex_unlock(&c->vm->lock);
+    }
 }
 
-static bool others_behind(const struct vcpu *c) {
+/* vm->lock held. Is there another in the guest with mail to read? */
+static bool behind(const struct vcpu *c) {
+    const struct vm *vm = c->vm;
+    for (uint32_t i = 0; i < vm->vcpu_count; i++) {
+        const struct vcpu *other = vm->vcpus[i];
+        if (other != c && atomic_load(&other->inside) && atomic_load(&other->poll) & POLL_MAIL)
+            return true;
+    }
+    return false;
+}
+
+/*
+ * A vCPU that the host lets run reads its mail within a microsecond. One that it does not has to get a processor first:
+ * whoever waits for it then sleeps, so that there is one.
+ */
+static void wait_for_readers(struct vcpu *c) {
     struct vm *vm = c->vm;
-    bool behind = false;
+    uint64_t patience = host_ns() + SPIN_NS;
     pthread_mutex_lock(&vm->lock);
-    for (uint32_t i = 0; i < vm->vcpu_count && !behind; i++) {
-        struct vcpu *other = vm->vcpus[i];
-        behind = other != c && atomic_load(&other->inside) && atomic_load(&other->poll) & POLL_MAIL;
+    while (atomic_load(&vm->syncing) && behind(c)) {
+        if (atomic_load(&c->poll) & POLL_MAIL) { /* two may wait for each other */
+            pthread_mutex_unlock(&vm->lock);
+            mail_read(c);
+            pthread_mutex_lock(&vm->lock);
+        } else if (host_ns() < patience) {
+            pthread_mutex_unlock(&vm->lock);
+            cpu_relax();
+            pthread_mutex_lock(&vm->lock);
+        } else {
+            pthread_cond_wait(&vm->mail_read, &vm->lock);
+        }
     }
     pthread_mutex_unlock(&vm->lock);
-    return behind;
 }
 
-/* Two may wait for each other: each reads its own mail meanwhile. */
 void mail_sync(struct vcpu *c) {
     c->posted = false;
-    for (unsigned tries = 0; others_behind(c); tries++) {
-        if (atomic_load(&c->poll) & POLL_MAIL)
-            mail_read(c);
-        if (tries > SPINS)
-            sched_yield();
-        else
-            cpu_relax();
-    }
+    atomic_fetch_add(&c->vm->syncing, 1);
+    wait_for_readers(c);
+    atomic_fetch_sub(&c->vm->syncing, 1); /* whoever still waits for the same has been woken for the same */
+}
+
+void mail_wait(struct vcpu *c) {
+    if (atomic_load(&c->vm->syncing))
+        wait_for_readers(c);
 }

@@ -141,6 +141,8 @@ void guest_leave(struct vcpu *c) {
         pass_turn(vm);
     if (!vm->inside && atomic_load(&vm->stoppers))
         pthread_cond_signal(&vm->all_out);
+    if (atomic_load(&vm->syncing))
+        pthread_cond_broadcast(&vm->mail_read);
     pthread_mutex_unlock(&vm->lock);
 }
 
@@ -164,6 +166,7 @@ static void poll(struct vcpu *c) {
     uint32_t why = atomic_load_explicit(&c->poll, memory_order_acquire);
     if (why & POLL_MAIL) {
         mail_read(c);
+        mail_wait(c);
         if (atomic_load(&c->vm->stoppers) && !guest_yield(c))
             return exit_to_host(c, HV_EXIT_REASON_CANCELED);
     }

@@ -37,6 +37,7 @@ softhv_vm_t *softhv_vm_new(void) {
     vm->jit_threshold = INT32_MAX;
     pthread_mutex_init(&vm->lock, NULL);
     pthread_cond_init(&vm->all_out, NULL);
+    pthread_cond_init(&vm->mail_read, NULL);
     vm->ipa_bits = IPA_BITS_DEFAULT;
     return (softhv_vm_t *)vm;
 }
@@ -56,6 +57,7 @@ hv_return_t softhv_vm_free(softhv_vm_t *opaque) {
         bound = NULL;
     free(vm->faults);
     pthread_cond_destroy(&vm->all_out);
+    pthread_cond_destroy(&vm->mail_read);
     pthread_mutex_destroy(&vm->lock);
     free(vm);
     return HV_SUCCESS;
