@@ -1,7 +1,8 @@
 """The window ``avmm top`` looks through: one unix socket per VM, for its owner only.
 
-A client sends a line, whatever it says, and gets a line back: a snapshot as JSON. Nobody looking costs nothing, since
-what is shown are numbers that are counted anyway. Sockets lie in a directory of the user's own, named PID-N.sock.
+A client sends a line and gets a line back, JSON both: an empty one for how the VM is now, or one that asks it to do
+something. Nobody looking costs nothing, since what is shown are numbers that are counted anyway. Sockets lie in a
+directory of the user's own, named PID-N.sock.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import socket
 import stat
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from avmm.errors import HostError
+from avmm.errors import AvmmError, HostError
 from avmm.log import log
 
 #: A request longer than this is not one: the connection is closed.
@@ -47,9 +48,15 @@ def directory() -> Path:
 
 
 class Monitor:
-    """Serves ``look()``, a JSON-serializable dictionary, for as long as :meth:`run` runs."""
+    """Serves ``look()``, a JSON-serializable dictionary, for as long as :meth:`run` runs.
 
-    def __init__(self, look: Callable[[], dict[str, Any]]) -> None:
+    ``actions``, by name, are what a client may ask for, each with one argument.
+    """
+
+    def __init__(
+        self, look: Callable[[], dict[str, Any]], actions: Mapping[str, Callable[[str], Awaitable[None]]] | None = None
+    ) -> None:
+        self._actions = actions or {}
         self.id = f"{os.getpid()}-{next(_numbers)}"
         self._look = look
         self._began = time.monotonic()
@@ -92,11 +99,22 @@ class Monitor:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.closing(writer):
             try:
-                while await reader.readline():
-                    writer.write(json.dumps(self.snapshot(), separators=(",", ":")).encode() + b"\n")
+                while line := await reader.readline():
+                    answer = await self._act(json.loads(line)) if line.strip() else self.snapshot()
+                    writer.write(json.dumps(answer, separators=(",", ":")).encode() + b"\n")
                     await writer.drain()
             except Exception as error:  # whatever it is, it is this client's alone: the others and the VM go on
                 log.debug("monitor.client_lost", error=str(error))
+
+    async def _act(self, request: dict[str, str]) -> dict[str, str]:
+        action = self._actions.get(request["do"])
+        if action is None:
+            return {"error": f"this VM cannot {request['do']}"}
+        try:
+            await action(request["with"])
+        except AvmmError as error:
+            return {"error": str(error)}
+        return {}
 
     def snapshot(self) -> dict[str, Any]:
         """What a client gets. ``now_ns`` is the monotonic clock, ``uptime`` seconds."""
@@ -110,7 +128,7 @@ class Monitor:
 
 
 class Peer:
-    """A client of one VM's monitor. Blocking; for programs that only look."""
+    """A client of one VM's monitor. Blocking."""
 
     def __init__(self, path: Path) -> None:
         self.id = path.stem
@@ -133,6 +151,18 @@ class Peer:
         except ConnectionError:
             return None
         return json.loads(line) if line else None
+
+    def ask(self, action: str, argument: str) -> None:
+        """Have the VM do something, however long it takes. Raises HostError when it could not."""
+        self._socket.settimeout(None)
+        try:
+            self._socket.sendall(json.dumps({"do": action, "with": argument}).encode() + b"\n")
+            line = self._file.readline()
+        except ConnectionError:
+            line = b""
+        answer = json.loads(line) if line else {"error": f"VM {self.id} has ended meanwhile"}
+        if "error" in answer:
+            raise HostError(answer["error"])
 
     def close(self) -> None:
         """Hang up."""

@@ -133,7 +133,7 @@ class VirtualMachine(Commands):
         self._vcpus: list[VcpuLoop] = []
         self._fault_counts: dict[str, int] = {}  # of the engine that is gone
         self._past_exits = [0] * len(ExitKind)  # of vCPUs before the last reset
-        self._monitor = Monitor(self.stats) if monitor else None
+        self._monitor = Monitor(self.stats, {"snapshot": self.snapshot}) if monitor else None
         self._trace_to = trace
         self._trace: Trace | None = None
         self._loop = asyncio.get_running_loop()

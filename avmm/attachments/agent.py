@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from avmm.attachments.base import Attachment
 from avmm.backends.port import Port
 from avmm.devices.virtio.console import Console
 from avmm.devices.virtio.transport import VirtioDevice
 from avmm.errors import GuestGone
 from avmm.guest.agent import PORT, Agent
+from avmm.snapfile import Reader
 
 
 class AgentAttachment(Attachment):
@@ -28,6 +31,10 @@ class AgentAttachment(Attachment):
     def fork(self) -> AgentAttachment:
         """See :class:`Attachment`: the twin's agent goes on with the commands it runs, and nobody hears of them."""
         return AgentAttachment()
+
+    def load(self, reader: Reader, stored: Any) -> None:
+        """See :class:`Attachment`."""
+        self.agent.renew = True
 
     async def run(self) -> None:
         """See :class:`Attachment`."""

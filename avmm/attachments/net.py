@@ -22,6 +22,7 @@ from avmm.devices.virtio.transport import VirtioDevice
 from avmm.errors import ConfigError
 from avmm.link import End, join, part
 from avmm.link import Network as Pluggable
+from avmm.snapfile import Reader, Writer
 
 
 class Backend(Protocol):
@@ -89,6 +90,7 @@ class NetAttachment(Attachment):
         self._backend: Backend | None = None
         self._card: Net | None = None
         self._origin: NetAttachment | None = None
+        self._loaded = False
         self.network: Network | None = None
 
     def open(self) -> None:
@@ -108,7 +110,7 @@ class NetAttachment(Attachment):
 
     def _open_backend(self, network: Network) -> Backend:
         config = self._config
-        if self._origin is not None:
+        if self._origin is not None or (self._loaded and config.kind == "network"):
             return _Nowhere()
         if config.kind == "tap":
             return Tap(config.target)
@@ -127,6 +129,15 @@ class NetAttachment(Attachment):
         twin = NetAttachment(replace(self._config, pcap=None, mac=self._mac), self._name, publish)
         twin._origin = self
         return twin
+
+    def store(self, writer: Writer, name: str) -> Any:
+        """See :class:`Attachment`."""
+        return {"mac": self._mac}
+
+    def load(self, reader: Reader, stored: Any) -> None:
+        """See :class:`Attachment`. A network of the program that made the snapshot is not to be had again."""
+        self._mac = stored["mac"]
+        self._loaded = True
 
     def device(self) -> VirtioDevice:
         """See :class:`Attachment`."""

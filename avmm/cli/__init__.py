@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from avmm.cli import boot, doctor, fetch, sign, top
+from avmm.cli import boot, doctor, fetch, sign, snapshot, top
 from avmm.cli.exitcodes import ExitCode
 
 
@@ -18,6 +18,7 @@ def parser() -> argparse.ArgumentParser:
     commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
     boot.add_parser(commands)
     fetch.add_parser(commands)
+    snapshot.add_parser(commands)
     top.add_parser(commands)
     doctor.add_parser(commands)
     sign.add_parser(commands)

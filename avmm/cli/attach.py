@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import uvloop
 
@@ -16,6 +18,7 @@ from avmm.cli.exitcodes import ExitCode
 from avmm.cli.terminal import HELP, EscapeKey, Output, raw_mode, read_input, say
 from avmm.config import VmConfig
 from avmm.errors import GuestError, GuestPanic
+from avmm.snapshot.store import load
 from avmm.vm import Outcome, VirtualMachine
 
 #: Output kept for error messages; stdout has it all.
@@ -24,7 +27,19 @@ _KEEP = 1 << 16
 
 def run(config: VmConfig, *, timeout: float | None, timing: bool, monitor: bool, trace: str | None) -> int:
     """Boot and stay until the guest ends, the user quits or ``timeout`` seconds have passed; the exit code."""
-    return uvloop.run(_boot(config, timeout, timing, monitor, trace))
+    return uvloop.run(
+        _attach(lambda: VirtualMachine(config, keep_output=_KEEP, monitor=monitor, trace=trace), timeout, timing)
+    )
+
+
+def resume(path: Path, *, timeout: float | None, timing: bool, monitor: bool) -> int:
+    """The same with the machine in the snapshot ``path``."""
+
+    def make() -> VirtualMachine:
+        config, origin = load(path)
+        return VirtualMachine(config, origin=origin, keep_output=_KEEP, monitor=monitor)
+
+    return uvloop.run(_attach(make, timeout, timing))
 
 
 def configure_logging(verbose: int) -> None:
@@ -44,7 +59,7 @@ def configure_logging(verbose: int) -> None:
     )
 
 
-async def _boot(config: VmConfig, timeout: float | None, timing: bool, monitor: bool, trace: str | None) -> int:
+async def _attach(make: Callable[[], VirtualMachine], timeout: float | None, timing: bool) -> int:
     loop = asyncio.get_running_loop()
     quitting: asyncio.Future[int] = loop.create_future()
 
@@ -57,7 +72,7 @@ async def _boot(config: VmConfig, timeout: float | None, timing: bool, monitor: 
     stdin, stdout = 0, 1
     # A reader that went away is a SIGPIPE to any other program.
     output = Output(stdout, on_broken=lambda: quit(ExitCode.SIGNAL + signal.SIGPIPE))
-    vm = VirtualMachine(config, keep_output=_KEEP, monitor=monitor, trace=trace)
+    vm = make()
     vm.console.listen(output.write)
     output.on_full = vm.hold_output
     async with contextlib.AsyncExitStack() as stack:

@@ -50,7 +50,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--vsock", metavar="PORT=SOCKET", action="append", default=[],
         help="let the guest reach the unix socket SOCKET as port PORT of CID 2 (repeat for more)",
     )  # fmt: skip
-    p.add_argument("--timeout", metavar="SECONDS", type=_seconds, help="end with exit code 124 after this long")
+    p.add_argument("--timeout", metavar="SECONDS", type=seconds, help="end with exit code 124 after this long")
     p.add_argument("--no-reboot", action="store_true", help="exit when the guest resets instead of rebooting it")
     p.add_argument("--dump-dtb", metavar="FILE", help="write the device tree to FILE and exit")
     p.add_argument("--dry-run", action="store_true", help="print the resolved configuration as JSON and exit")
@@ -63,7 +63,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     p.set_defaults(run=run)
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
+    """A number of seconds, as an option's value."""
     value = float(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")

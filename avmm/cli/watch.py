@@ -239,9 +239,25 @@ class Watched:
         for peer in self._peers.values():
             peer.close()
 
+    def one(self) -> Peer:
+        """The only VM that is there and wanted. Raises ConfigError."""
+        found = self.look()
+        self._before = {snapshot["id"]: snapshot for snapshot in found}
+        self.require()
+        if len(found) > 1:
+            names = ", ".join(snapshot["id"] for snapshot in found)
+            raise ConfigError(f"which VM? Say one of {names}")
+        return self._peers.pop(found[0]["id"])
+
     def _is_wanted(self, snapshot: Snapshot) -> bool:
         wanted = self._wanted
         return wanted is None or wanted in (snapshot["id"], str(snapshot["pid"])) or wanted in snapshot["name"]
+
+
+def the_one(wanted: str | None) -> Peer:
+    """The VM that ``wanted`` names, or the only one. Raises ConfigError."""
+    with contextlib.closing(Watched(wanted)) as watched:
+        return watched.one()
 
 
 def _intervals(watched: Watched, interval: float, once: bool) -> Iterator[list[tuple[Snapshot, Snapshot]]]:

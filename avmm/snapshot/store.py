@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,7 +52,9 @@ def save(origin: Origin, config: VmConfig, path: Path, stop: threading.Event) ->
     """
     try:
         with Writer(path, __version__) as writer:
-            writer.add("config", plain.dumps(config))
+            # A network of this program's own does not go into a file.
+            nets = tuple(replace(each, network=None) for each in config.nets)
+            writer.add("config", plain.dumps(replace(config, nets=nets)))
             writer.add("machine", plain.dumps(origin.state))
             ram = writer.reserve("ram", origin.ram.size)
             for offset, data, length in origin.ram.spans():
