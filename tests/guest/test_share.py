@@ -5,6 +5,9 @@ from __future__ import annotations
 import filecmp
 import os
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import pytest
 import avmm
 from avmm.debian import Fetched
 from tests.guest.conftest import READY
+from tests.guest.rootfs import booted, rootfs
 from tests.guest.test_drives import shell
 
 pytestmark = pytest.mark.guest
@@ -123,3 +127,48 @@ async def test_a_twin_goes_on_in_the_folder(debian: Fetched, tmp_path: Path) -> 
             assert said.split() == ["/mnt/it/sub", "one", "two", "three", "both", "twin", "file", "log"]
         _, said = await shell(vm, "echo parent >&6; cat log")
         assert said.split() == ["both", "twin", "parent"]
+
+
+PROGRAMS = Path(__file__).parent / "programs"
+
+
+def output(folder: Path, *argv: str) -> str:
+    """What a program prints that is run in ``folder`` on the host."""
+    return subprocess.run(argv, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="sets owners, as only root may")
+async def test_files_behave_as_files_do(tmp_path: Path) -> None:
+    """What POSIX promises, random work on one file, stress-ng's file systems stressors, and git; the first two also on
+    the host's own file system, which is the witness that they ask for nothing but what is promised."""
+    shared, host = tmp_path / "shared", tmp_path / "host"
+    for each in (shared, host):
+        shutil.copytree(PROGRAMS, each)
+        (each / "work").mkdir()
+    posix = output(host / "work", sys.executable, "../posix_files.py")
+    assert posix.endswith(" 0 broken\n"), posix
+    assert output(host, sys.executable, "fsx.py", "f", "1000", "1") == "1000 operations, no difference\n"
+    image = rootfs(["git", "python3", "stress-ng"])
+    async with booted(image, shares=[f"{shared}:it:rw", f"{shared}:cached:rw:cache=1"]) as guest:
+        await guest.check(
+            "mkdir -p /mnt/it /mnt/cached; mount -t virtiofs it /mnt/it; mount -t virtiofs cached /mnt/cached"
+        )
+        said = await guest.check("cd /mnt/it/work && python3 ../posix_files.py", timeout=300)
+        assert said == posix
+        for seed, folder in ((1, "it"), (2, "cached")):
+            said = await guest.check(f"python3 /mnt/it/fsx.py /mnt/{folder}/f{seed} 600 {seed}", timeout=300)
+            assert said == "600 operations, no difference\n"
+        await guest.check(
+            "cd /mnt/it && stress-ng --hdd 1 --hdd-ops 500 --hdd-bytes 2m --dentry 1 --dentry-ops 200 --rename 1 "
+            "--rename-ops 300 --seek 1 --seek-ops 300 --seek-size 1m --verify -t 60 2>&1", timeout=300,
+        )  # fmt: skip
+        said = await guest.check(
+            "cd /mnt/it && git init -q repo && cd repo && cp -r /usr/share/perl5 . && git add . && "
+            "git -c user.name=n -c user.email=e commit -q -m m && git status --porcelain && git fsck 2>&1 && "
+            "echo changed >>perl5/Git.pm && git status --porcelain", timeout=300,
+        )  # fmt: skip
+        assert said.splitlines()[-1] == " M perl5/Git.pm"
+        assert set(guest.vm.counters()["guest_errors"].values()) == {0}
+    if shutil.which("git"):
+        said = output(shared / "repo", "git", "-c", "safe.directory=*", "status", "--porcelain")
+        assert said == " M perl5/Git.pm\n"
