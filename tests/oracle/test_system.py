@@ -109,8 +109,8 @@ def test_a_program_that_rewrites_itself(comparison: Comparison) -> None:
     assert result.x[2] == 2
 
 
-ID_AA64PFR0, ID_AA64PFR1 = sysreg(3, 0, 0, 4, 0), sysreg(3, 0, 0, 4, 1)
-ID_AA64ISAR0, ID_AA64ISAR1 = sysreg(3, 0, 0, 6, 0), sysreg(3, 0, 0, 6, 1)
+ID_AA64PFR0, ID_AA64PFR1, ID_AA64DFR0 = sysreg(3, 0, 0, 4, 0), sysreg(3, 0, 0, 4, 1), sysreg(3, 0, 0, 5, 0)
+ID_AA64ISAR0, ID_AA64ISAR1, ID_AA64ISAR2 = sysreg(3, 0, 0, 6, 0), sysreg(3, 0, 0, 6, 1), sysreg(3, 0, 0, 6, 2)
 ID_AA64MMFR1, ID_AA64MMFR2 = sysreg(3, 0, 0, 7, 1), sysreg(3, 0, 0, 7, 2)
 
 
@@ -131,7 +131,22 @@ ID_AA64MMFR1, ID_AA64MMFR2 = sysreg(3, 0, 0, 7, 1), sysreg(3, 0, 0, 7, 2)
         (ID_AA64ISAR0, 44, 1, 0x0E81_9400),  # DP: sdot v0.2s, v0.8b, v1.8b
         (ID_AA64ISAR0, 48, 1, 0x0E21_EC00),  # FHM: fmlal v0.2s, v0.2h, v1.2h
         (ID_AA64ISAR0, 52, 1, 0xD500_401F),  # TS: cfinv
+        (ID_AA64ISAR0, 52, 1, 0xBA01_0400),  # TS: rmif x0, #2, #0
+        (ID_AA64ISAR0, 52, 1, 0x3A00_080D),  # TS: setf8 w0
+        (ID_AA64ISAR0, 52, 1, 0x3A00_480D),  # TS: setf16 w0
         (ID_AA64ISAR0, 52, 2, 0xD500_405F),  # TS: axflag
+        (ID_AA64ISAR0, 56, 1, 0xD508_811F),  # TLB: tlbi vmalle1os
+        (ID_AA64ISAR0, 56, 2, 0xD508_8621),  # TLB: tlbi rvae1, x1
+        (ID_AA64ISAR0, 60, 1, 0xD53B_2401),  # RNDR: mrs x1, rndr
+        (ID_AA64ISAR1, 0, 1, 0xD50B_7C21),  # DPB: dc cvap, x1
+        (ID_AA64ISAR1, 0, 2, 0xD50B_7D21),  # DPB: dc cvadp, x1
+        (ID_AA64ISAR1, 24, 1, 0x9AC1_3000),  # GPA: pacga x0, x0, x1
+        (ID_AA64ISAR1, 40, 1, 0xD50B_7381),  # SPECRES: cfp rctx, x1
+        (ID_AA64ISAR1, 60, 1, 0xF83F_D020),  # LS64: ld64b x0, [x1]
+        (ID_AA64ISAR2, 0, 2, 0xD503_1001),  # WFxT: wfet x1
+        (ID_AA64ISAR2, 16, 1, 0x1901_0440),  # MOPS: cpyfp [x0]!, [x1]!, x2!
+        (ID_AA64ISAR2, 20, 1, 0x5400_0030),  # BC: bc.eq
+        (ID_AA64ISAR2, 52, 1, 0xDAC0_2020),  # CSSC: abs x0, x1
         (ID_AA64ISAR1, 4, 1, 0xDAC1_0820),  # APA: pacda x0, x1
         (ID_AA64ISAR1, 12, 1, 0x1E7E_0000),  # JSCVT: fjcvtzs w0, d0
         (ID_AA64ISAR1, 16, 1, 0x2E81_E400),  # FCMA: fcadd v0.2s, v0.2s, v1.2s, #90
@@ -143,9 +158,28 @@ ID_AA64MMFR1, ID_AA64MMFR2 = sysreg(3, 0, 0, 7, 1), sysreg(3, 0, 0, 7, 2)
         (ID_AA64ISAR1, 52, 1, 0x4E81_A400),  # I8MM: smmla v0.4s, v0.16b, v1.16b
         (ID_AA64PFR0, 16, 1, 0x1EE1_2800),  # FP: fadd h0, h0, h1
         (ID_AA64PFR0, 20, 1, 0x0E41_1400),  # AdvSIMD: fadd v0.4h, v0.4h, v1.4h
+        (ID_AA64PFR0, 24, 1, 0xD538_CCA1),  # GIC: mrs x1, icc_sre_el1
+        (ID_AA64PFR0, 28, 1, 0xD538_5301),  # RAS: mrs x1, erridr_el1
         (ID_AA64PFR0, 32, 1, 0x0420_0000),  # SVE: add z0.b, z0.b, z0.b
+        (ID_AA64PFR0, 40, 1, 0xD538_A501),  # MPAM: mrs x1, mpam1_el1
+        (ID_AA64PFR0, 44, 1, 0xD53B_D201),  # AMU: mrs x1, amcr_el0
+        (ID_AA64PFR0, 48, 1, 0xD53B_42A1),  # DIT: mrs x1, dit
+        (ID_AA64PFR0, 48, 1, 0xD503_405F),  # DIT: msr dit, #0
+        (ID_AA64PFR0, 56, 2, 0xD53B_D0E1),  # CSV2: mrs x1, scxtnum_el0
+        (ID_AA64PFR0, 56, 2, 0xD538_D0E1),  # CSV2: mrs x1, scxtnum_el1
+        (ID_AA64PFR1, 4, 2, 0xD53B_42C1),  # SSBS: mrs x1, ssbs
+        (ID_AA64PFR1, 4, 2, 0xD503_403F),  # SSBS: msr ssbs, #0
+        (ID_AA64PFR1, 24, 1, 0xD53B_4241),  # SME: mrs x1, svcr
+        (ID_AA64DFR0, 0, 6, 0xD530_0241),  # DebugVer: mrs x1, mdscr_el1
+        (ID_AA64DFR0, 8, 1, 0xD53B_9C01),  # PMUVer: mrs x1, pmcr_el0
+        (ID_AA64DFR0, 12, 1, 0xD530_0081),  # BRPs: mrs x1, dbgbvr0_el1
+        (ID_AA64DFR0, 20, 1, 0xD530_00C1),  # WRPs: mrs x1, dbgwvr0_el1
+        (ID_AA64DFR0, 32, 1, 0xD538_9901),  # PMSVer: mrs x1, pmscr_el1
+        (ID_AA64DFR0, 40, 1, 0xD538_1221),  # TraceFilt: mrs x1, trfcr_el1
         (ID_AA64PFR1, 8, 1, 0x9AC1_1000),  # MTE: irg x0, x0, x1
+        (ID_AA64MMFR1, 16, 1, 0xD538_A401),  # LO: mrs x1, lorsa_el1
         (ID_AA64MMFR1, 20, 1, 0xD500_409F),  # PAN: msr pan, #0
+        (ID_AA64MMFR1, 20, 2, 0xD508_7901),  # PAN: at s1e1rp, x1
         (ID_AA64MMFR2, 4, 1, 0xD500_407F),  # UAO: msr uao, #0
     ],
 )
@@ -155,6 +189,33 @@ def test_id_registers_say_what_is_there(comparison: Comparison, register: int, l
     advertised = least <= field < 15
     result = comparison.alone([word], registers(x0=1, x1=SCRATCH))
     assert (result.outcome is not Outcome.UNDEFINED) == advertised
+
+
+@pytest.mark.parametrize(
+    ("write", "read", "modelled"),
+    [
+        (0xD51B_4400, 0xD53B_4401, 0x07C0_0000),  # FPCR: AHP, DN, FZ, RMode; FZ16 is RES0 without FEAT_FP16 (C5.2.8)
+        (0xD51B_4420, 0xD53B_4421, 0x0800_009F),  # FPSR: QC and the cumulative flags (C5.2.10)
+        (0xD51B_4200, 0xD53B_4201, 0xF000_0000),  # NZCV
+        (0xD51B_42C0, 0xD53B_42C1, 0x0000_1000),  # SSBS
+    ],
+)
+def test_what_of_a_register_is_modelled(comparison: Comparison, write: int, read: int, modelled: int) -> None:
+    """All ones written come back where there is something, and zeros clear it."""
+    for value, wanted in (((1 << 64) - 1, modelled), (0, 0)):
+        result = comparison.alone([write, read], registers(x0=value))
+        assert (result.outcome, result.x[1]) == (Outcome.DONE, wanted)
+
+
+def test_debug_registers_are_there_and_do_nothing(comparison: Comparison) -> None:
+    """Linux finds and clears as many as DFR0 says; none of them ever matches."""
+    dfr0 = comparison.subject.id_register(ID_AA64DFR0)
+    for op2, field in ((4, 12), (5, 12), (6, 20), (7, 20)):
+        for index in range((dfr0 >> field & 15) + 1):
+            write = 0xD510_0000 | index << 8 | op2 << 5
+            result = comparison.alone([write, NOP, NOP], registers(x0=PROGRAMS_MIDDLE + 8 if op2 == 4 else 0x1E7))
+            assert result.outcome is Outcome.DONE
+            assert comparison.alone([write], registers()).outcome is Outcome.DONE
 
 
 def test_unallocated_id_registers_read_as_zero(comparison: Comparison) -> None:
