@@ -6,6 +6,7 @@ import argparse
 import random
 import sys
 import time
+from collections import Counter
 from fnmatch import fnmatchcase
 
 from tests.oracle.cases import Values, case
@@ -37,17 +38,22 @@ def main() -> int:
         print(f"no row matches {' '.join(options.rows)}", file=sys.stderr)
         return 1
     started, total, bad = time.monotonic(), 0, []
+    skipped: Counter[str] = Counter()
     for row in chosen:
         skip = skip_of_row(row.name)
         if skip is not None:
             print(f"skip {row.name}: {skip.reason}")
+            skipped[f"rows: {skip.reason}"] += 1
             continue
         report = comparison.row(row, options.n, options.seed, stop_after=options.show)
         total += report.compared
+        skipped.update({f"cases: {reason}": count for reason, count in report.skipped.items()})
         if report.mismatches or not report.compared:
             bad.append(row.name)
         print_report(row.name, report, options.show)
     elapsed = time.monotonic() - started
+    for reason, count in skipped.most_common():
+        print(f"not compared: {count} {reason}")
     print(f"{len(chosen)} rows, {total} cases, {total / elapsed:.0f} a second; {len(bad)} rows differ: {' '.join(bad)}")
     return 1 if bad else 0
 

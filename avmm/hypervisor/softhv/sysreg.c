@@ -48,7 +48,7 @@ static const uint64_t aa64dfr0 = UINT64_C(1) << 28 /* CTX_CMPs */ | 1 << 20 /* W
 static const uint64_t aa64isar0 = UINT64_C(1) << 52 /* FlagM */ | UINT64_C(1) << 44 /* DotProd */ | 1 << 28 /* RDM */ |
                                   2 << 20 /* LSE */ | 1 << 16 /* CRC32 */ | 1 << 12 /* SHA256 */ | 1 << 8 /* SHA1 */ |
                                   2 << 4 /* AES, PMULL */;
-static const uint64_t aa64isar1 = UINT64_C(1) << 36 /* SB */ | 1 << 20 /* LRCPC */ | 1 /* DPB */;
+static const uint64_t aa64isar1 = UINT64_C(1) << 36 /* SB */ | 1 << 20 /* LRCPC */ | 2 /* DPB2 */;
 static const uint64_t aa64mmfr0 = 1 << 20 /* 16 KiB granule; 4 and 64 KiB: 0 */ | 2 << 4 /* 16-bit ASIDs */ |
                                   2 /* 40-bit addresses */;
 static const uint64_t aa64mmfr1 = 2 << 20 /* PAN2 */;
