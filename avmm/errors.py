@@ -54,10 +54,12 @@ class FetchError(HostError):
 
 
 class WaitTimeout(HostError, TimeoutError):
-    """A wait ran out of time. ``elapsed`` is in seconds; ``tail`` the last bytes seen, if any."""
+    """A wait ran out of time. ``elapsed`` is in seconds; ``tail`` the last bytes seen, ``pattern`` what they did not
+    match, if that is what was waited for."""
 
-    def __init__(self, message: str, *, elapsed: float = 0.0, tail: bytes = b"") -> None:
+    def __init__(self, message: str, *, elapsed: float = 0.0, tail: bytes = b"", pattern: bytes | None = None) -> None:
         super().__init__(message)
+        self.pattern = pattern
         self.elapsed = elapsed
         self.tail = tail
 

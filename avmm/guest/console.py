@@ -63,9 +63,14 @@ class Console:
         *,
         timeout: float | None = None,
         failure: bytes | re.Pattern[bytes] | None = None,
+        printk: bool = True,
     ) -> re.Match[bytes]:
-        """Wait for ``pattern`` in the output; see :meth:`avmm.guest.transcript.Transcript.expect`."""
-        return await self.transcript.expect(pattern, timeout=timeout, failure=failure)
+        """Wait for ``pattern`` in the output; see :meth:`avmm.guest.transcript.Transcript.expect`.
+
+        ``printk=False``: in the output without the kernel's own lines, which has a cursor of its own.
+        """
+        transcript = self.transcript if printk else self.transcript.without_printk()
+        return await transcript.expect(pattern, timeout=timeout, failure=failure)
 
     def write(self, data: bytes) -> None:
         """Type ``data``. Nothing is lost: what the UART has no room for waits here."""

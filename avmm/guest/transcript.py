@@ -30,6 +30,29 @@ class TranscriptState:
     cursor: int
 
 
+class PrintkFilter:
+    """Takes the kernel's lines (``[   12.345678] text``, with printk.time) out of what a console shows."""
+
+    _RECORD = re.compile(rb"\[ *\d+\.\d{6}\](?:\[ *[TC]\d+\])? [^\n]*\n")
+    #: What may become one, at the end of what has come.
+    _BEGUN = re.compile(rb"\[(?: *(?:\d+(?:\.(?:\d{1,5}|\d{6}(?:\](?:\[[ TC\d]*\]?)?(?: [^\n]{0,2048})?)?)?)?)?)?\Z")
+
+    def __init__(self) -> None:
+        self._held = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """What can be shown now; the beginning of a kernel's line waits for its end."""
+        data = self._RECORD.sub(b"", self._held + data)
+        begun = self._BEGUN.search(data, max(0, len(data) - 2200))
+        self._held = b"" if begun is None else data[begun.start() :]
+        return data if begun is None else data[: begun.start()]
+
+    def end(self) -> bytes:
+        """What still waits."""
+        held, self._held = self._held, b""
+        return held
+
+
 class Transcript:
     """What the guest has sent, with a cursor for :meth:`expect`. Positions count from the first byte ever sent.
 
@@ -45,6 +68,8 @@ class Transcript:
         self._closed: GuestError | None = None
         self._waiters: set[asyncio.Future[None]] = set()
         self._listeners: list[Callable[[bytes], None]] = []
+        self._filter = PrintkFilter()
+        self._plain: Transcript | None = None
 
     def listen(self, listener: Callable[[bytes], None]) -> None:
         """Call ``listener`` with every piece of output from now on."""
@@ -74,7 +99,21 @@ class Transcript:
         """No more output will come; everybody who waits gets ``reason``."""
         if self._closed is None:
             self._closed = reason
+            if self._plain is not None:
+                self._plain.feed(self._filter.end())
+                self._plain.close(reason)
             self._wake()
+
+    def without_printk(self) -> Transcript:
+        """The same without the kernel's own lines, also where one landed inside another; with a cursor of its own."""
+        if self._plain is None:
+            plain = self._plain = Transcript(self._keep)
+            plain.feed(self._filter.feed(bytes(self.data)))
+            self.listen(lambda data: plain.feed(self._filter.feed(data)))
+            if self._closed is not None:
+                plain.feed(self._filter.end())
+                plain.close(self._closed)
+        return self._plain
 
     def _wake(self) -> None:
         for waiter in self._waiters:
@@ -108,6 +147,7 @@ class Transcript:
                 f"no match for {success.pattern!r} on the console after {elapsed:.1f} s; it last showed:\n{last}",
                 elapsed=elapsed,
                 tail=tail,
+                pattern=success.pattern,
             ) from None
 
     async def _match(self, success: re.Pattern[bytes], failed: re.Pattern[bytes] | None) -> re.Match[bytes]:

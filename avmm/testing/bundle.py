@@ -6,6 +6,8 @@
 ``screen.txt``, `.svg`  what a terminal would show (with ``avmm[screen]``)
 ``registers.txt``       each vCPU's, with the kernel's symbol of PC where a System.map is beside the kernel
 ``devices.json``        each device's state, counters and last error; how the VM was configured; what avmm logged last
+``vm.snapshot``          the VM at that moment: ``avmm resume`` on the folder goes on from it
+``*.pcap``               what its networks recorded
 ``tasks.txt``           where each asyncio task of the program was
 =======================  =========================================================================================
 """
@@ -17,6 +19,7 @@ import bisect
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -36,6 +39,11 @@ async def write_bundle(vm: VirtualMachine, folder: Path, name: str) -> Path:
     tasks = _tasks()
     path = await asyncio.to_thread(_new_folder, folder, name)
     missing = []
+    if vm.outcome is None:
+        try:
+            await vm.snapshot(path / "vm.snapshot")
+        except AvmmError as error:
+            missing.append(f"vm.snapshot: {error}")
     files: dict[str, str | bytes] = {
         "console.raw": vm.console.output,
         "console.txt": _printable(vm.console.output),
@@ -55,6 +63,9 @@ async def write_bundle(vm: VirtualMachine, folder: Path, name: str) -> Path:
     if missing:
         files["missing.txt"] = "".join(f"{line}\n" for line in missing)
     await asyncio.to_thread(_write, path, files)
+    for net in vm.config.nets:
+        if net.pcap is not None and net.pcap.is_file():
+            await asyncio.to_thread(shutil.copy, net.pcap, path)
     return path
 
 

@@ -6,7 +6,7 @@
         assert r.returncode == 0 and r.stdout.startswith(b"6.1")
 
 ``vm``: such a twin. ``fresh_vm``: booted for this test. ``vm_factory``: ``await vm_factory(cpus=2)`` boots as many as
-a test likes. ``vm_any``: the test runs twice, with a booted VM and with one that goes on from another's state. The
+a test likes. ``vm_any``: the test runs twice, with a booted VM and with one restored from a snapshot. The
 marker's arguments are those of :func:`avmm.boot`, and ``ready``: a pattern on the console that says: it is up.
 
 A VM lives on the event loop it was made on, and the one that is forked lives as long as the session: tests that use
@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import inspect
 import sys
+import tempfile
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from pathlib import Path
@@ -244,6 +245,24 @@ class _Booted:
         await twin.wait_ready(timeout=BOOT_TIMEOUT)
         return twin
 
+    async def restored(self, wanted: dict[str, Any]) -> VirtualMachine:
+        """One that goes on from a file that a twin was written to."""
+        import avmm
+
+        twin = await self.twin(wanted)
+        try:
+            with tempfile.TemporaryDirectory(prefix="avmm-") as folder:
+                await twin.snapshot(Path(folder) / "vm.snapshot")
+                restored = await avmm.restore(Path(folder) / "vm.snapshot")
+        finally:
+            await twin.stop()
+        try:
+            await restored.wait_ready(timeout=BOOT_TIMEOUT)
+        except BaseException:
+            await restored.stop()
+            raise
+        return restored
+
     async def close(self) -> None:
         """Stop them all."""
         while self._vms:
@@ -311,9 +330,9 @@ async def fresh_vm(request: pytest.FixtureRequest) -> AsyncIterator[VirtualMachi
 
 @_fixture(loop_scope="session", params=["booted", "restored"])
 async def vm_any(request: pytest.FixtureRequest, _avmm_booted: _Booted) -> AsyncIterator[VirtualMachine]:
-    """The test runs with a VM that was booted, and with one that goes on from another's state."""
+    """The test runs with a VM that was booted, and with one that was restored from a snapshot."""
     wanted = _options(request)
-    made = _boot(request.config, wanted) if request.param == "booted" else _avmm_booted.twin(wanted)
+    made = _boot(request.config, wanted) if request.param == "booted" else _avmm_booted.restored(wanted)
     async with _in_use(await made, request) as either:
         yield either
 

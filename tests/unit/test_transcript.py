@@ -2,10 +2,12 @@
 
 import asyncio
 import re
+import xml.dom.minidom
 
 import pytest
 
 from avmm.errors import GuestError, GuestGone, GuestPanic, WaitTimeout
+from avmm.guest.console import Console
 from avmm.guest.panic import PanicWatch
 from avmm.guest.transcript import LOOK_BACK, Transcript
 
@@ -119,3 +121,47 @@ def test_talk_of_a_panic_is_none() -> None:
     watch.feed(b"x" * 100_000)
     watch.feed(b"\n")
     assert watch.reason is None
+
+
+def test_printk_is_taken_out_wherever_it_lands() -> None:
+    shown = b"login: pass[   12.345678] eth0: up\r\nphrase: [not] [ 1.5] a\r\n[    0.000000][    T0] Linux\r\n$ ["
+    for step in (1, 2, 7, 1000):
+        transcript = Transcript()
+        plain = transcript.without_printk()
+        for at in range(0, len(shown), step):
+            transcript.feed(shown[at : at + step])
+        transcript.close(GuestGone("gone"))
+        assert plain.data == b"login: passphrase: [not] [ 1.5] a\r\n$ ["
+    assert Transcript.without_printk(transcript).data == plain.data
+
+
+async def test_printk_does_not_stand_in_the_way() -> None:
+    console = Console(NoKeyboard())
+    console.transcript.feed(b"pass[   12.345678] eth0: up\r\nphrase: ")
+    await console.expect(rb"passphrase: ", printk=False, timeout=1)
+    with pytest.raises(WaitTimeout) as caught:
+        await console.expect(rb"passphrase: ", timeout=0.01)
+    assert caught.value.pattern == rb"passphrase: "
+    assert caught.value.elapsed >= 0.01
+    console.transcript.close(GuestGone("the guest powered off"))
+    with pytest.raises(GuestGone, match="powered off"):
+        await console.expect(rb"more", printk=False)
+
+
+class NoKeyboard:
+    def type(self, data: bytes) -> None: ...
+
+    async def drain(self) -> None: ...
+
+
+def test_screen() -> None:
+    pytest.importorskip("pyte")
+    console = Console(NoKeyboard())
+    console.transcript.feed(b"\x1b[2J\x1b[Hfirst\r\nse\x1b[31mcond\x1b[0m <&>")
+    assert console.screen.text == "first\nsecond <&>"
+    console.transcript.feed(b"\x1b[1;1HFIRST\x1b[K")
+    assert console.screen.text == "FIRST\nsecond <&>"
+    assert console.screen.cursor == (5, 0)
+    picture = xml.dom.minidom.parseString(console.screen.svg())
+    assert picture.getElementsByTagName("text")[0].toxml().count("FIRST") == 1
+    assert [each for each in picture.getElementsByTagName("text") if each.getAttribute("fill") == "#cc0000"]
