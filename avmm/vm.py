@@ -59,6 +59,7 @@ from avmm.guest.console import Console
 from avmm.guest.exec import AgentExec, Commands, Exec, within
 from avmm.guest.panic import PanicWatch
 from avmm.guest.screen import Screen
+from avmm.guest.shell import ShellExec
 from avmm.hypervisor import Hypervisor, open_hypervisor
 from avmm.hypervisor.base import ExitKind
 from avmm.log import log, recent
@@ -137,6 +138,7 @@ class VirtualMachine(Commands):
         self._trace_to = trace
         self._trace: Trace | None = None
         self._loop = asyncio.get_running_loop()
+        self._shell = ShellExec(self.console)  # where there is no agent
         self._stopping = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
         self._outcome: Outcome | None = None
@@ -416,9 +418,7 @@ class VirtualMachine(Commands):
                 "loop_scope='session' may use the vm fixture"
             )
         agents = self._all(AgentAttachment)
-        if not agents:
-            raise ConfigError("no agent runs in this guest: boot it with an initrd and agent=True")
-        return AgentExec(agents[0].agent)
+        return AgentExec(agents[0].agent) if agents else self._shell
 
     async def wait_ready(self, *, timeout: float | None = None) -> None:
         """Return when commands can be run in the guest; they wait for that by themselves. Raises as they do."""
