@@ -2,8 +2,8 @@
 
     python examples/bisect_kernel.py --initrd initrd build/Image-* -- sh -c 'uname -v | grep -q Debian'
 
-KERNELs are given from the oldest to the newest; the first must be good and the last bad. One that does not come up, or on
-which the command ends with 125 (as `git bisect run` has it), is skipped. For `git bisect run`, give one kernel only:
+KERNELs are given from the oldest to the newest; the first must be good and the last bad. One that does not come up, or
+on which the command ends with 125 (as `git bisect run` has it), is skipped. For `git bisect run`, give one kernel only:
 the exit code is 0 (good), 1 (bad) or 125.
 """
 

@@ -2,9 +2,9 @@
 
     python examples/chaos.py --rounds 20 --seed 7
 
-Each node finds out whom it reaches, and is in charge if with itself that is a majority. Whatever the switch does: a node
-that is alone must know it, two that reach each other must stay in charge, and when the network is whole again nobody may be
-left behind.
+Each node finds out whom it reaches, and is in charge if with itself that is a majority. Whatever the switch does: a
+node that is alone must know it, two that reach each other must stay in charge, and when the network is whole again
+nobody may be left behind.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Commands through a shell on the serial console: for guests where no agent runs, because there is no initrd to put it in.
+"""Commands through a shell on the serial console: for guests where no agent runs, having no initrd to put it in.
 
-A root shell must be waiting there, with ``base64`` and a ``/tmp`` to write to. One command at a time; its script, input and
-outputs travel as base64 between markers, so that neither the terminal nor the kernel's lines can garble them. There are
-no streams and no terminals, and copies are of single files.
+A root shell must be waiting there, with ``base64`` and a ``/tmp`` to write to. One command at a time; its script, input
+and outputs travel as base64 between markers, so that neither the terminal nor the kernel's lines can garble them. There
+are no streams and no terminals, and copies are of single files.
 """
 
 from __future__ import annotations
@@ -78,13 +78,7 @@ class ShellExec:
         """See :class:`Exec`."""
         if content is None:
             path = Path(os.fsdecode(source))
-            if path.is_dir():
-                raise ConfigError("copies of trees need the agent: boot with an initrd and agent=True")
-            try:
-                content = await asyncio.to_thread(path.read_bytes)
-            except OSError as error:
-                raise HostError(f"cannot read {path}: {error.strerror}") from error
-            mode = path.stat().st_mode & 0o7777
+            content, mode = await asyncio.to_thread(_read, path)
             target += path.name if target.endswith("/") else ""
         script = 'mkdir -p "${1%/*}/" && cat >"$1" && chmod "$2" "$1"'
         done = await self.run(("sh", "-c", script, "put", target, f"{mode:o}"), content, None, "/")
@@ -103,6 +97,15 @@ class ShellExec:
         except OSError as error:
             raise HostError(f"cannot write {target}: {error.strerror}") from error
         return b""
+
+
+def _read(path: Path) -> tuple[bytes, int]:
+    try:
+        return path.read_bytes(), path.stat().st_mode & 0o7777
+    except IsADirectoryError:
+        raise ConfigError("copies of trees need the agent: boot with an initrd and agent=True") from None
+    except OSError as error:
+        raise HostError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _document(file: str, content: bytes) -> list[str]:

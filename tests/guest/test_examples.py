@@ -51,10 +51,10 @@ def test_bisect_kernel(debian: Fetched, tmp_path: Path) -> None:
         else:
             content = image if number < 4 else image.replace(b"SMP Debian", b"SMP Broken")
         kernels[-1].write_bytes(content)
-    argv = [sys.executable, EXAMPLES / "bisect_kernel.py", "--initrd", debian.initrd]
+    argv = [sys.executable, str(EXAMPLES / "bisect_kernel.py"), "--initrd", str(debian.initrd)]
     command = ["--", "sh", "-c", "uname -v | grep -q Debian"]
-    done = subprocess.run([*argv, *kernels, *command], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*argv, *map(str, kernels), *command], capture_output=True, text=True, timeout=200)
     assert done.stdout.splitlines()[-1] == f"first bad: {kernels[4]}", done.stdout + done.stderr
     assert f"{kernels[2]}: skipped" in done.stdout
     for kernel, code in ((kernels[0], 0), (kernels[5], 1), (kernels[2], 125)):
-        assert subprocess.run([*argv, kernel, *command], stdout=subprocess.DEVNULL, timeout=100).returncode == code
+        assert subprocess.run([*argv, str(kernel), *command], stdout=subprocess.DEVNULL, timeout=100).returncode == code
