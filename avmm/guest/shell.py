@@ -23,7 +23,9 @@ from avmm.guest.exec import CommandFailed, Completed, Word
 from avmm.guest.process import Process
 
 _SCRIPT = """\
-cd {cwd} && {env} {command} <$f.in >$f.out 2>$f.err
+: >$f.out
+cd {cwd} 2>$f.err || exit 127
+{env} {command} <$f.in >$f.out 2>$f.err
 """
 
 
