@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from avmm.errors import ConfigError
-from avmm.faults import Faults
+from avmm.faults import Faults, duration
 from avmm.link import Network
 
 MIB = 1 << 20
@@ -24,6 +24,9 @@ CPUS_MAX = 64
 
 #: COMMAND_LINE_SIZE of arm64 Linux less the final NUL; the kernel silently cuts what is longer.
 CMDLINE_MAX = 2047
+
+#: The longest halt poll, in nanoseconds.
+HALT_POLL_MAX = 1_000_000
 
 #: `panic=-1` makes a panicking kernel reset at once, which is how we learn of it.
 DEFAULT_CMDLINE = "console=ttyAMA0 panic=-1"
@@ -274,7 +277,7 @@ def vsock_configs(vsock: bool | Sequence[str | VsockConfig]) -> tuple[VsockConfi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmConfig:
-    """One virtual machine, resolved. ``memory`` is in bytes; ``ports`` are names of virtio console ports.
+    """One virtual machine, resolved. ``memory`` in bytes, ``halt_poll`` in ns; ``ports``: names of a virtio console's.
 
     ``agent`` is the program that the guest is to start first where avmm's agent is in its initrd; None: no agent.
     """
@@ -294,6 +297,7 @@ class VmConfig:
     shares: tuple[ShareConfig, ...] = ()
     vsock: tuple[VsockConfig, ...] | None = None
     agent: str | None = None
+    halt_poll: int = 0
 
     @property
     def bootargs(self) -> str:
@@ -321,6 +325,7 @@ class VmConfig:
         shares: Sequence[ShareLike] = (),
         vsock: bool | Sequence[str | VsockConfig] = False,
         agent: bool = False,
+        halt_poll: str | int = 0,
     ) -> VmConfig:
         """Check everything that can be checked without opening a file. Raises ConfigError.
 
@@ -373,7 +378,10 @@ class VmConfig:
             shares=tuple(map(share_config, shares)),
             vsock=vsock_configs(vsock),
             agent=first,
+            halt_poll=duration("halt-poll", halt_poll) if isinstance(halt_poll, str) else halt_poll,
         )
+        if not 0 <= config.halt_poll <= HALT_POLL_MAX:
+            raise ConfigError(f"a halt poll takes up to {HALT_POLL_MAX // 1000} us, not {halt_poll}")
         if len(config.bootargs) > CMDLINE_MAX:
             raise ConfigError(
                 f"the kernel command line has {len(config.bootargs)} characters; arm64 Linux reads {CMDLINE_MAX}"

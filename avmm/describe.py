@@ -43,6 +43,7 @@ def describe(config: VmConfig) -> dict[str, Any]:
         "cmdline": config.bootargs,
         "memory": config.memory,
         "cpus": config.cpus,
+        "halt_poll": config.halt_poll,
         "engine": engine,
         "reboot": config.reboot,
         "agent": config.agent is not None,

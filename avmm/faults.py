@@ -73,7 +73,8 @@ def _below_one(name: str, text: str) -> float:
     return value
 
 
-def _duration(name: str, text: str) -> int:
+def duration(name: str, text: str) -> int:
+    """Nanoseconds of text like 200us. Raises ConfigError, which calls it ``name``."""
     found = _DURATION.fullmatch(text)
     value = round(float(found[1]) * _UNITS[found[2]]) if found else 0
     if not 0 < value <= _LONGEST_NS:
@@ -91,7 +92,7 @@ def _sleep(name: str, text: str) -> tuple[int, int]:
     length, at, start = text.partition("@")
     if not at:
         raise ConfigError(f"{name} takes LENGTH@START like 500ms@2s, not {text!r}")
-    return _duration(name, length), _duration(name, start)
+    return duration(name, length), duration(name, start)
 
 
 def _number(name: str, text: str) -> int:
@@ -104,11 +105,11 @@ _READERS: Final[dict[str, Callable[[str, str], Any]]] = {
     "spurious-wfi": _probability,
     "early-wfi": _below_one,
     "lose-kick": _probability,
-    "late-kick": _duration,
+    "late-kick": duration,
     "double-kick": _probability,
     "sticky-kick": _switch,
     "unknown": _below_one,
-    "late-vtimer": _duration,
+    "late-vtimer": duration,
     "double-vtimer": _probability,
     "fast-counter": _switch,
     "host-sleep": _sleep,

@@ -530,6 +530,7 @@ class VirtualMachine(Commands):
                 clock=self._clock,
                 timers=timers,
                 lock=self._lock,
+                halt_poll=self.config.halt_poll,
             )
             for index in range(cpus)
         ]
@@ -706,6 +707,7 @@ def boot(
     pcap: str | os.PathLike[str] | None = None,
     shares: Sequence[ShareLike] = (),
     vsock: bool | Sequence[str | VsockConfig] = False,
+    halt_poll: str | int = 0,
     keep_output: int | None = None,
     monitor: bool = False,
     trace: str | os.PathLike[str] | None = None,
@@ -725,7 +727,9 @@ def boot(
     ``keep_output`` bounds how many bytes of console output are remembered; ``monitor`` lets ``avmm top`` see the VM;
     ``trace`` names a file for a timeline that Perfetto opens; ``faults`` makes softhv misbehave (:mod:`avmm.faults`).
     ``agent``: put avmm's agent into the initrd, where there is one, so that ``vm.run("uname", "-r")`` and the like work
-    (:class:`avmm.guest.exec.Commands`). Raises ConfigError at once, ImageError and EngineError when it starts.
+    (:class:`avmm.guest.exec.Commands`).
+    ``halt_poll``: how long at most, in nanoseconds or as ``"200us"``, a vCPU polls before it sleeps (docs/wfi.md).
+    Raises ConfigError at once, ImageError and EngineError when it starts.
     """
     config = VmConfig.resolve(
         kernel,
@@ -745,6 +749,7 @@ def boot(
         shares=shares,
         vsock=vsock,
         agent=agent,
+        halt_poll=halt_poll,
     )
 
     async def make() -> VirtualMachine:

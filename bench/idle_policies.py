@@ -85,32 +85,13 @@ class Threshold(VcpuLoop):
         return super()._park(deadline)
 
 
-class BusyPoll(VcpuLoop):
-    """Ours, after an adaptive busy wait as KVM's (halt_poll_ns): 10 to 200 us, off after a long sleep."""
-
-    poll_ns = 0
-
-    def _park(self, deadline):
-        if self.poll_ns:
-            end = time.monotonic_ns() + self.poll_ns
-            self._lock.release()
-            try:
-                while time.monotonic_ns() < end and not self.parking.irq and not self.parking.attention:
-                    time.sleep(0)
-            finally:
-                self._lock.acquire()
-        slept = time.monotonic_ns() - self.parking.stats.woken
-        self.poll_ns = 0 if slept > 200_000 else min(max(2 * self.poll_ns, 10_000), 200_000)
-        return super()._park(deadline)
-
-
 POLICIES = {
     "spin": Spin,
     "halt without timer": HaltWithoutTimer,
     "fixed sleep": FixedSleep,
     "adaptive sleep": AdaptiveSleep,
     "2 ms threshold": Threshold,
-    "busy poll + ours": BusyPoll,
+    "ours, halt poll": VcpuLoop,
     "ours": VcpuLoop,
 }
 
@@ -120,7 +101,10 @@ async def guest(policy: str, image: Path, cpus: int, faults: str | None, append:
     """A guest whose vCPUs follow ``policy``."""
     avmm.vm.VcpuLoop = POLICIES[policy]
     try:
-        async with avmm.boot(image, memory="64M", cpus=cpus, engine="softhv", append=append, faults=faults) as vm:
+        halt_poll = "200us" if policy.endswith("halt poll") else 0
+        async with avmm.boot(
+            image, memory="64M", cpus=cpus, engine="softhv", append=append, faults=faults, halt_poll=halt_poll
+        ) as vm:
             yield vm
     finally:
         avmm.vm.VcpuLoop = VcpuLoop

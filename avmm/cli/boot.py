@@ -50,6 +50,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--vsock", metavar="PORT=SOCKET", action="append", default=[],
         help="let the guest reach the unix socket SOCKET as port PORT of CID 2 (repeat for more)",
     )  # fmt: skip
+    p.add_argument(
+        "--halt-poll", metavar="TIME", default=0, help="a vCPU polls up to so long before it sleeps, as in 200us"
+    )
     p.add_argument("--timeout", metavar="SECONDS", type=seconds, help="end with exit code 124 after this long")
     p.add_argument("--no-reboot", action="store_true", help="exit when the guest resets instead of rebooting it")
     p.add_argument("--dump-dtb", metavar="FILE", help="write the device tree to FILE and exit")
@@ -93,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
         shares=args.shares,
         vsock=args.vsock,
         agent=args.guest_command is not None,
+        halt_poll=args.halt_poll,
     )
     if args.dry_run:
         import json

@@ -118,6 +118,10 @@ class Vcpu(Protocol):
         """End a sleep that :meth:`run` is in, or will be: ENTER the guest, or come OUT of run. Any thread."""
         ...
 
+    def set_poll(self, most_ns: int) -> None:
+        """How long at most, in nanoseconds, a sleep may begin with a busy wait. Not while it runs."""
+        ...
+
     def stir(self) -> None:
         """The gate may be opened very soon: who sleeps there wakes up in the meantime. Any thread."""
         ...

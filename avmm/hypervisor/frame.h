@@ -91,7 +91,7 @@ void avmm_gate_shut(avmm_gate_t *gate);
 /* It may be opened very soon: who sleeps there wakes up in the meantime. Any thread; changes nothing else. */
 void avmm_gate_stir(avmm_gate_t *gate);
 
-/* The longest busy wait before a sleep, in nanoseconds; 0: none. */
+/* The longest busy wait before a sleep, in nanoseconds; 0, as at first: none. Not while anybody sleeps. */
 void avmm_gate_set_poll(avmm_gate_t *gate, uint64_t most_ns);
 
 /* Sleep until the gate is open or `until` has come: how it was opened, else AVMM_GATE_SHUT. Owning thread only. */

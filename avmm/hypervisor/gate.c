@@ -1,7 +1,7 @@
 /*
  * The gate: where a vCPU that is parked sleeps, without the interpreter's lock. See avmm/vcpu/park.py for who opens it.
  *
- * Three waits are awake. Before it sleeps, a bounded poll that grows while wakes come soon and ends when they do not
+ * Three waits are awake. Before it sleeps, where asked for, a bounded poll that grows while wakes come soon and ends when they do not
  * (as KVM's halt_poll_ns): a wake that comes then costs no thread wake. When it is stirred: whoever is about to open the gate
  * says so first, and the thread wakes up while it is still being decided whether to open. And at the end of a sleep with an
  * exact moment, the rest of it: the sleep ends early by what a wake has been taking.
@@ -23,7 +23,6 @@
 
 enum {
     POLL_FIRST_NS = 10000,   /* the first poll of a series */
-    POLL_MOST_NS = 200000,   /* KVM's default; a wake within so many is soon */
     EARLY_STEP_NS = 4000,    /* steps of one size find the median, whatever the stragglers are */
     EARLY_MOST_NS = 100000,
     STIRRED_NS = 50000       /* so long it stays awake for the gate to be opened */
@@ -35,7 +34,7 @@ struct avmm_gate {
     _Atomic uint32_t state; /* AVMM_GATE_* */
     bool waiting;           /* asleep in `opened` */
     bool stirred;
-    uint64_t poll_ns, poll_most_ns;
+    uint64_t poll_ns, poll_most_ns; /* a wake within the latter is soon */
     uint64_t early_ns;
 };
 
@@ -84,7 +83,6 @@ avmm_gate_t *avmm_gate_new(void) {
         return NULL;
     pthread_mutex_init(&gate->lock, NULL);
     cond_init(&gate->opened);
-    gate->poll_most_ns = POLL_MOST_NS;
     return gate;
 }
 

@@ -105,7 +105,8 @@ class Tracer(Protocol):
 
 
 class VcpuLoop:
-    """vCPU ``index`` of a VM. Made and used on the event loop's thread; ``lock`` is the VM's.
+    """vCPU ``index`` of a VM. Made and used on the event loop's thread; ``lock`` is the VM's. ``halt_poll``: the most
+    nanoseconds that a sleep may begin with a busy wait, which adapts.
 
     ``run()`` is its whole life. A vCPU starts off; ``psci.power_on(index, entry, x0)`` starts one::
 
@@ -125,6 +126,7 @@ class VcpuLoop:
         clock: Clock,
         timers: Timers,
         lock: threading.RLock,
+        halt_poll: int = 0,
     ) -> None:
         self.index = index
         self.mpidr = sysregs.mpidr(index)
@@ -136,6 +138,7 @@ class VcpuLoop:
         self._psci = psci
         self._clock = clock
         self._lock = lock
+        self._halt_poll = halt_poll
         irqchip.connect(index, self.mpidr, self.parking)
         psci.connect(self.mpidr, self.parking.power_on)
         self._vtimer_line = irqchip.ppi(index, VTIMER_INTID)
@@ -257,6 +260,7 @@ class VcpuLoop:
             self._clock.set_counter_frequency(vcpu.get_sysreg(sysregs.CNTFRQ_EL0))
         self._sctlr_at_reset = vcpu.get_sysreg(sysregs.SCTLR_EL1)
         self.parking.vcpu = vcpu
+        vcpu.set_poll(self._halt_poll)
 
     def _destroy(self) -> None:
         vcpu, self._vcpu = self._vcpu, None

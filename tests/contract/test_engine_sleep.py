@@ -96,7 +96,7 @@ def test_every_opening_is_seen(name: str, poll: int, thread: ThreadPoolExecutor)
 
     def sleeper() -> None:
         guest = Guest(open_hypervisor(name), HVC)
-        guest.vcpu.set_poll(poll)  # type: ignore[attr-defined]  # the native engines' own
+        guest.vcpu.set_poll(poll)
         made.append(guest)
         awake.release()
         for _ in range(number):

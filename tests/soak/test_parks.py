@@ -22,7 +22,7 @@ from tests.unit.test_vcpu_loop import SYSTEM_OFF, WFI, Machine
 SPI = 3
 
 
-async def race(parks: int, seed: int) -> None:
+async def race(parks: int, seed: int, halt_poll: int = 0) -> None:
     seen = threading.Semaphore(0)
     ended = threading.Event()
     rng = random.Random(seed)
@@ -65,7 +65,7 @@ async def race(parks: int, seed: int) -> None:
                 await asyncio.sleep(0)
 
     lost = threading.Event()
-    m = Machine(guest)
+    m = Machine(guest, halt_poll=halt_poll)
     line = m.chip.spi(SPI)
     thread = threading.Thread(target=poster)
     run = asyncio.create_task(m.vcpus[0].run())
@@ -87,18 +87,21 @@ async def race(parks: int, seed: int) -> None:
         thread.join()
 
 
-@pytest.mark.parametrize("linger_ns", [0, park.LINGER_NS])
-async def test_no_wake_up_is_lost(monkeypatch: pytest.MonkeyPatch, linger_ns: int) -> None:
-    """Sleeps at the gate, and sleeps that are handed over to the loop at once."""
+#: Sleeps that are handed over to the loop at once, sleeps at the gate, and sleeps that begin with a poll.
+SLEEPS = [(0, 0), (park.LINGER_NS, 0), (park.LINGER_NS, 200_000)]
+
+
+@pytest.mark.parametrize(("linger_ns", "halt_poll"), SLEEPS)
+async def test_no_wake_up_is_lost(monkeypatch: pytest.MonkeyPatch, linger_ns: int, halt_poll: int) -> None:
     monkeypatch.setattr(park, "LINGER_NS", linger_ns)
-    await race(5_000, 1)
+    await race(5_000, 1, halt_poll)
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("linger_ns", [0, park.LINGER_NS])
-async def test_million_parks(monkeypatch: pytest.MonkeyPatch, linger_ns: int) -> None:
+@pytest.mark.parametrize(("linger_ns", "halt_poll"), SLEEPS)
+async def test_million_parks(monkeypatch: pytest.MonkeyPatch, linger_ns: int, halt_poll: int) -> None:
     monkeypatch.setattr(park, "LINGER_NS", linger_ns)
-    await race(1_000_000, 2)
+    await race(1_000_000, 2, halt_poll)
 
 
 @pytest.mark.soak

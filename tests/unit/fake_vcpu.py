@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from avmm.clock import Clock
+from avmm.hypervisor._softhv import ffi, lib
 from avmm.hypervisor.base import ENTER, Capabilities, ExitKind, Finish, Frame, Reg, Vcpu
 from avmm.irq import IrqLine, IrqSink
 from avmm.memory import Region
@@ -90,8 +91,7 @@ class FakeVcpu:
         self.in_guest = threading.Event()  # set while it computes
         self._clock = clock
         self._kicked = threading.Event()
-        self._gate = threading.Condition()
-        self._gate_open = 0
+        self._gate = ffi.gc(lib.avmm_gate_new(), lib.avmm_gate_free)  # the real one
         self._guest = guest(self)
 
     def _check_thread(self) -> None:
@@ -104,14 +104,16 @@ class FakeVcpu:
         return ctl & 3 == 1 and self._clock.guest_now() >= cval
 
     def open_gate(self, how: int) -> None:
-        with self._gate:
-            self._gate_open = how
-            self._gate.notify()
+        lib.avmm_gate_open(self._gate, how)
 
-    def stir(self) -> None: ...
+    def set_poll(self, most_ns: int) -> None:
+        lib.avmm_gate_set_poll(self._gate, most_ns)
+
+    def stir(self) -> None:
+        lib.avmm_gate_stir(self._gate)
 
     def shut_gate(self) -> None:
-        self._gate_open = 0
+        lib.avmm_gate_shut(self._gate)
 
     def withdraw(self) -> int:
         raise NotImplementedError
@@ -119,14 +121,11 @@ class FakeVcpu:
     def _sleep(self) -> bool:
         frame = self._frame
         frame.sleep = 0
-        with self._gate:
-            while not self._gate_open and (left := frame.sleep_until - time.monotonic_ns()) > 0:
-                self._gate.wait(left / 1e9)
-            how, self._gate_open = self._gate_open, 0
+        how = lib.avmm_gate_sleep(self._gate, frame.sleep_until, frame.sleep_exact)
         frame.expired = how == 0
         frame.entered = time.monotonic_ns() if how == ENTER else 0
         frame.irq |= how == ENTER
-        return how == ENTER
+        return bool(how == ENTER)
 
     def run(self) -> int:
         self._check_thread()

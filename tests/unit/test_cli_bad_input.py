@@ -93,6 +93,11 @@ def test_bad_cpus(good: Path, cpus: str) -> None:
     refused(avmm("boot", good, f"--cpus={cpus}"))
 
 
+@pytest.mark.parametrize("time", ["-1us", "2ms", "fast", "200"])
+def test_bad_halt_poll(good: Path, time: str) -> None:
+    refused(avmm("boot", good, f"--halt-poll={time}"), "us")
+
+
 def test_unknown_engine(good: Path) -> None:
     refused(avmm("boot", good, "--engine", "qemu"), "softhv")
 

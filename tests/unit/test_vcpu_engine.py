@@ -33,6 +33,13 @@ async def test_guest(guest: str, cpus: int) -> None:
         report(vm)
 
 
+@pytest.mark.parametrize(("guest", "cpus"), [("timer_wfi", 1), ("ipi_pingpong", 2)])
+async def test_guest_that_polls_before_it_sleeps(guest: str, cpus: int) -> None:
+    async with avmm.boot(IMAGES / f"{guest}.bin", memory="64M", cpus=cpus, halt_poll="1ms") as vm:
+        assert (await asyncio.wait_for(vm.wait(), 60)).reason == "power-off"
+        report(vm)
+
+
 async def test_one_park_a_tick() -> None:
     """Were a wake early, the guest would find its timer not due and sleep again."""
     async with avmm.boot(IMAGES / "timer_wfi.bin", memory="64M", append="n=50") as vm:

@@ -52,7 +52,7 @@ class Register:
 class Machine:
     """What a VM is to its vCPUs."""
 
-    def __init__(self, *guests: Guest, lose_kicks: int = 0) -> None:
+    def __init__(self, *guests: Guest, lose_kicks: int = 0, halt_poll: int = 0) -> None:
         self.lock = threading.RLock()
         self.clock = Clock()
         self.timers = DeadlineTimers(asyncio.get_running_loop())
@@ -73,6 +73,7 @@ class Machine:
                 clock=self.clock,
                 timers=self.timers,
                 lock=self.lock,
+                halt_poll=halt_poll,
             )
             for n in range(len(guests))
         ]
