@@ -141,8 +141,11 @@ class Clock:
         return passed if scale is None else passed * scale.numerator // scale.denominator & _U64
 
     def when(self, guest_ticks: int) -> int:
-        """The host nanosecond when CNTVCT_EL0 reaches ``guest_ticks``, or EXPIRED; at most a day ahead."""
-        now = self.timebase.now()
+        """The host nanosecond when CNTVCT_EL0 reaches ``guest_ticks``, or EXPIRED; at most a day ahead.
+
+        While the guest's time stands still: the nanosecond had it gone on; :meth:`start` tells how much later it is.
+        """
+        now = self._ticks()
         left = guest_ticks - self._guest(now)
         if left <= 0:  # the comparison is of unsigned 64-bit values (Arm ARM D11.2.4)
             return EXPIRED

@@ -50,6 +50,17 @@ def test_host_counter_is_the_monotonic_clock() -> None:
     assert timebase.to_ticks(before) <= ticks <= timebase.to_ticks(after) + 1
 
 
+def test_nothing_expires_while_the_guest_s_time_stands_still() -> None:
+    counter = Stopped(1, 1)
+    clock = Clock(counter.timebase)
+    clock.stop()
+    counter.ticks = 1_000
+    deadline = clock.when(100)
+    assert deadline == 100
+    late = clock.start()
+    assert clock.when(100) == deadline + late == 1_100
+
+
 @given(TIMEBASES, st.integers(0, 1 << 50), st.integers(0, U64), st.integers(0, U64), st.integers(0, 7))
 def test_deadline(base: tuple[int, int], now: int, offset: int, cval: int, ctl: int) -> None:
     counter = Stopped(*base)

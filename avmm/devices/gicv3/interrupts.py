@@ -138,7 +138,7 @@ class Cpu:
 
     def evaluate(self) -> None:
         """Find the highest priority pending interrupt and drive the IRQ output."""
-        if self.offered:
+        while self.offered:
             self.settle()
         private = self.private
         shared = self.shared
