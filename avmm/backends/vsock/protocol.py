@@ -122,14 +122,14 @@ class Connection:
         """See :class:`Flow`."""
         if self.state is not State.OPEN or self._shut or self._peer_flags & _NO_RECEIVE:
             return 0
-        room = self._peer_alloc - (self._sent - self._peer_taken & _WORD)
-        return max(0, min(room, _PIECE))
+        flight = self._sent - self._peer_taken & _WORD
+        room = min(self._peer_alloc - flight, _PIECE)
+        # Not a little at a time, where more will come: Linux tells of what it has taken when 64 KiB are left or less.
+        return 0 if room <= 0 or (flight and room < min(_PIECE, self._peer_alloc >> 2)) else room
 
     def want_room(self, now: float) -> None:
         """See :class:`Flow`."""
-        if not self.wants_room and self.state is State.OPEN:
-            self.wants_room = True
-            self._put(CREDIT_REQUEST)
+        self.wants_room = self.state is State.OPEN
 
     def send(self, buffer: bytearray, now: float) -> None:
         """See :class:`Flow`."""

@@ -184,9 +184,10 @@ def _packet(chain: Chain) -> tuple[bytes, memoryview]:
 
 def _fill(chain: Chain, header: bytes, payload: memoryview) -> int:
     """Both into the buffers of ``chain``; the bytes written."""
-    writable = chain.writable
-    if len(writable) == 2 and len(writable[0]) == len(header) and len(writable[1]) >= len(payload):
-        writable[0][:] = header
-        writable[1][: len(payload)] = payload
-        return len(header) + len(payload)
-    return chain.write(header + payload)
+    view = chain.writable[0]
+    whole = len(header) + len(payload)
+    if len(view) < whole:
+        return chain.write(header + payload)
+    view[: len(header)] = header
+    view[len(header) : whole] = payload
+    return whole
