@@ -5,7 +5,11 @@
 //   vsock_peer sink PORT BYTES    send BYTES and nothing else: MB/s        source PORT BYTES    the other way round
 //   vsock_peer serve PORT         send back whatever who connects to our PORT sends
 //   vsock_peer refused PORT       connect, and say with which error it failed
+//
+// PORT tcp:N is TCP to the gateway's port N instead: the same work over the network.
+#include <arpa/inet.h>
 #include <errno.h>
+#include <netinet/tcp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -27,6 +31,16 @@ static double now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec + t.tv_nsec / 1e9;
+}
+
+static int dial_tcp(unsigned port) {
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(port)};
+    inet_pton(AF_INET, "10.0.2.2", &address.sin_addr);
+    int fd = socket(AF_INET, SOCK_STREAM, 0), one = 1;
+    if (fd < 0) die("socket");
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    if (connect(fd, (struct sockaddr *)&address, sizeof address)) die("connect");
+    return fd;
 }
 
 static int dial(unsigned port) {
@@ -143,10 +157,11 @@ static void serve(unsigned port) {
 int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     if (argc < 3) return 2;
-    unsigned port = strtoul(argv[2], NULL, 0);
+    int tcp = !strncmp(argv[2], "tcp:", 4);
+    unsigned port = strtoul(argv[2] + (tcp ? 4 : 0), NULL, 0);
     uint64_t amount = argc > 3 ? strtoull(argv[3], NULL, 0) : 0;
     if (!strcmp(argv[1], "serve")) serve(port);
-    int fd = dial(port);
+    int fd = tcp ? dial_tcp(port) : dial(port);
     if (!strcmp(argv[1], "echo")) echo(fd, amount);
     else if (!strcmp(argv[1], "ping")) ping(fd, amount);
     else if (!strcmp(argv[1], "sink")) stream(fd, amount, 1);
