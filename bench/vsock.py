@@ -100,7 +100,9 @@ def main() -> None:
                 vsock.bind((socket.VMADDR_CID_ANY, port))
                 vsock.listen()
                 serve(kind, vsock, size)
-        over_vsock = with_init(fetched.initrd, _SCRIPT.format(size=size, **_PORTS), {"bin/vsock_peer": program.read_bytes()})
+        over_vsock = with_init(
+            fetched.initrd, _SCRIPT.format(size=size, **_PORTS), {"bin/vsock_peer": program.read_bytes()}
+        )
         over_tcp = with_init(fetched.initrd, _SCRIPT.format(size=size, **tcp), {"bin/vsock_peer": program.read_bytes()})
         append = "quiet avmm.init=/bench-init"
 

@@ -24,9 +24,9 @@ REQUEST, RESPONSE, RST, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST = 1, 2, 3, 4
 _NO_RECEIVE, _NO_SEND = 1, 2  # flags of SHUTDOWN
 
 #: Bytes held for one connection; Linux sends no more than 64 KiB at once.
-BUFFER: Final = 256 << 10
+BUFFER: Final = 1 << 20
 _PIECE: Final = 64 << 10
-CONNECTIONS_MAX: Final = 1024
+CONNECTIONS_MAX: Final = 512
 _WORD: Final = 0xFFFFFFFF
 _HALF: Final = 0x80000000
 _EMPTY: Final = memoryview(b"")

@@ -173,12 +173,18 @@ def _packet(chain: Chain) -> tuple[bytes, memoryview]:
     length = chain.read_length - _HEADER_SIZE
     if not 0 <= length <= PACKET_MAX:
         raise GuestError(f"a vsock packet of {length} bytes")
-    header, payload = split(chain.readable, _HEADER_SIZE)
-    head = b"".join(header)
+    first, *rest = chain.readable
+    if len(first) < _HEADER_SIZE:
+        header, rest = split(chain.readable, _HEADER_SIZE)
+        head = b"".join(header)
+    else:
+        head = bytes(first[:_HEADER_SIZE])
+        if len(first) > _HEADER_SIZE:
+            rest = [first[_HEADER_SIZE:], *rest]
     size = int.from_bytes(head[_LENGTH_AT : _LENGTH_AT + 4], "little")
     if size > length:
         raise GuestError(f"a vsock packet of {size} bytes in {length}")
-    whole = payload[0] if len(payload) == 1 else memoryview(b"".join(payload))
+    whole = rest[0] if len(rest) == 1 else memoryview(b"".join(rest))
     return head, whole[:size]
 
 
