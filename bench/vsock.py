@@ -9,6 +9,7 @@ QEMU's user-mode network, and ours beside it. The host's end is one thread of th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import socket
@@ -52,7 +53,7 @@ def serve(kind: str, listener: socket.socket, size: int) -> None:
                 peer, _ = listener.accept()
             except OSError:
                 return
-            with peer:
+            with peer, contextlib.suppress(ConnectionError):
                 if kind == "source":
                     for _ in range(size // len(buffer)):
                         peer.sendall(buffer)
