@@ -51,6 +51,12 @@ class Network(Cable):
             raise ConfigError('this takes a user-mode network: net="user", --net user')
         return self._user
 
+    def gone(self) -> None:
+        """The guest's machine has ended: nothing is on its way, nobody waits for it any more."""
+        self.close()
+        if self._user is not None:
+            self._user.gone()
+
     @property
     def dns(self) -> Names:
         """Names of one's own: ``vm.net.dns["api.test"] = "10.0.2.2"``, an address of the network's or any other."""
@@ -157,7 +163,7 @@ class NetAttachment(Attachment):
     def gone(self) -> None:
         """See :class:`Attachment`."""
         if self.network is not None:
-            self.network.close()
+            self.network.gone()
 
     def close(self) -> None:
         """See :class:`Attachment`."""

@@ -33,6 +33,10 @@ class VsockAttachment(Attachment):
         """See :class:`Attachment`."""
         await self.host.run()
 
+    def gone(self) -> None:
+        """See :class:`Attachment`."""
+        self.host.gone()
+
     def fork(self) -> VsockAttachment:
         """See :class:`Attachment`: the same sockets and handlers; the twin's guest hears that its connections are
         gone."""

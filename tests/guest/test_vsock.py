@@ -78,6 +78,16 @@ async def test_into_the_guest(debian: Fetched, peer: Path) -> None:
             writer.close()
         with pytest.raises(ConnectionRefusedError, match="port 5001"):
             await vm.vsock.connect(5001, timeout=30)
+        # A twin answers as its parent does; what its parent was in the midst of stays the parent's.
+        (mine, write_mine) = await vm.vsock.connect(5000, timeout=30)
+        async with vm.fork() as twin:
+            reader, writer = await twin.vsock.connect(5000, timeout=30)
+            writer.write(b"twin")
+            assert await reader.readexactly(4) == b"twin"
+            writer.close()
+        write_mine.write(b"parent")
+        assert await mine.readexactly(6) == b"parent"
+        write_mine.close()
         # A connection ends with its guest, at once.
         reader, writer = await vm.vsock.connect(5000, timeout=30)
         await vm.stop()

@@ -319,8 +319,13 @@ async def test_a_driver_that_comes_late_is_asked_again() -> None:
 
 async def test_who_is_gone_is_told_of_by_name() -> None:
     host = VsockHost(CID)
+    with pytest.raises(WaitTimeout, match="not been started"):
+        await host.connect(1, timeout=0.01)
+    waiting = asyncio.create_task(host.connect(1))
+    await asyncio.sleep(0)
+    host.gone()
     with pytest.raises(GuestGone):
-        await host.connect(1)
+        await waiting
 
 
 async def test_a_unix_socket(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeAlias
 
@@ -200,6 +201,40 @@ def open_streams(
     transport = GuestTransport(loop, pump, connection, protocol, established, names)
     protocol.connection_made(transport)
     return reader, asyncio.StreamWriter(transport, protocol, reader, loop), transport, established
+
+
+class Power:
+    """Whether a guest's machine is on, for those who want to reach the guest."""
+
+    def __init__(self) -> None:
+        self._on = asyncio.Event()
+        self._gone = False
+
+    def on(self) -> None:
+        """It is."""
+        self._on.set()
+
+    def off(self) -> None:
+        """It is not; it may be again, after a reset."""
+        if not self._gone:
+            self._on.clear()
+
+    def gone(self) -> None:
+        """It never will be again."""
+        self._gone = True
+        self._on.set()
+
+    async def wait(self, timeout: float | None) -> float | None:
+        """Return when it is on; what is left of ``timeout``. Raises WaitTimeout, GuestGone."""
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(timeout):
+                await self._on.wait()
+        except TimeoutError:
+            raise WaitTimeout("the guest has not been started", elapsed=timeout or 0.0) from None
+        if self._gone:
+            raise GuestGone("the guest is gone")
+        return None if timeout is None else max(0.0, timeout - (time.monotonic() - began))
 
 
 async def reached(

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from avmm.backends.flow.splice import Dialling, Place, Splice
-from avmm.backends.flow.streams import Handler, Streams, answer, open_streams, reached
+from avmm.backends.flow.streams import Handler, Power, Streams, answer, open_streams, reached
 from avmm.backends.usernet import dns
 from avmm.backends.usernet.datagrams import Datagrams
 from avmm.backends.usernet.packet import address, name
@@ -71,6 +71,7 @@ class UserNetwork:
         self._ports = itertools.cycle(_EPHEMERAL)
         self._datagrams = Datagrams(self.stack, self._plan, self._pump, self._congested)
         self._nameserver: str | None = None
+        self._power = Power()
         #: The published ports with the sockets they are published by.
         self._listening: list[tuple[Forward, socket.socket]] = []
         #: Frames for guests that were lost because they took none.
@@ -91,6 +92,7 @@ class UserNetwork:
         async with asyncio.TaskGroup() as tasks:
             self._loop, self._tasks = loop, tasks
             self._datagrams.start(loop)
+            self._power.on()
             for forward, sock in self._listening:
                 if forward.udp:
                     self._datagrams.publish(sock, forward.guest)
@@ -108,6 +110,11 @@ class UserNetwork:
                     self._timer.cancel()
                     self._timer = None
                 self._loop = self._tasks = None
+                self._power.off()
+
+    def gone(self) -> None:
+        """The guests' machine has ended: nobody waits for it any more."""
+        self._power.gone()
 
     def close(self) -> None:
         """Let go of published ports."""
@@ -137,7 +144,8 @@ class UserNetwork:
 
         Raises ConnectionRefusedError when nobody listens, WaitTimeout, GuestGone when the guest is gone.
         """
-        loop = self._running()
+        timeout = await self._power.wait(timeout)
+        loop = asyncio.get_running_loop()
         connection = self._dial(port)
         reader, writer, transport, established = open_streams(loop, self._pump, connection, _names(connection))
         connection.connect(transport, loop.time())

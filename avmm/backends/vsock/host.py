@@ -18,9 +18,9 @@ from collections.abc import Mapping
 from typing import Final
 
 from avmm.backends.flow.splice import Dialling
-from avmm.backends.flow.streams import Handler, Streams, answer, open_streams, reached
+from avmm.backends.flow.streams import Handler, Power, Streams, answer, open_streams, reached
 from avmm.backends.vsock.protocol import Connection, Vsock
-from avmm.errors import ConfigError, GuestGone
+from avmm.errors import ConfigError
 
 _EPHEMERAL: Final = range(1 << 30, (1 << 30) + 65536)
 
@@ -38,17 +38,24 @@ class VsockHost:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._ports = itertools.cycle(_EPHEMERAL)
+        self._power = Power()
 
     async def run(self) -> None:
         """Move bytes, until cancelled; then every connection is over."""
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as tasks:
             self._loop, self._tasks = loop, tasks
+            self._power.on()
             try:
                 await loop.create_future()
             finally:
                 self._loop = self._tasks = None
+                self._power.off()
                 self.core.reset(gone=True)
+
+    def gone(self) -> None:
+        """The guest's machine has ended: nobody waits for it any more."""
+        self._power.gone()
 
     def listen(self, port: int, handler: Handler) -> None:
         """``handler(reader, writer)``, as for :func:`asyncio.start_server`, answers guests that connect to CID 2,
@@ -66,9 +73,8 @@ class VsockHost:
 
         Raises ConnectionRefusedError when nobody listens there, WaitTimeout, GuestGone.
         """
-        loop = self._loop
-        if loop is None:
-            raise GuestGone("the VM of this vsock is not running")
+        timeout = await self._power.wait(timeout)
+        loop = asyncio.get_running_loop()
         connection = self._dial(port)
         reader, writer, transport, established = open_streams(
             loop, _nothing, connection, (connection.local, connection.remote)
