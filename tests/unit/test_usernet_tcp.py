@@ -260,6 +260,26 @@ def test_refused_and_reset() -> None:
     assert world.host.stack.connections == world.guest.stack.connections == 0
 
 
+def test_what_a_peer_remembers_of_an_older_connection_is_swept_away() -> None:
+    """As after a fork or a crash: our SYN meets an established connection of the same ports (RFC 9293, 3.5.1)."""
+    world = World()
+    servers: list[Peer] = []
+
+    def serve(connection: Connection) -> Peer:
+        servers.append(Peer(world.host, b"hello"))
+        servers[-1].room = lambda: None  # type: ignore[method-assign]  # says nothing yet
+        return servers[-1]
+
+    world.host.serve = serve
+    first = world.connect(Peer(world.guest, b"x" * 10))
+    world.run(lambda: bool(servers) and len(servers[0].got) == 10)
+    first.lost()
+    second = Peer(world.guest, b"y")
+    world.connect(second)
+    world.run(lambda: len(servers) == 2 and bytes(servers[1].got) == b"y")
+    assert servers[0].over is True
+
+
 def test_a_peer_that_is_gone_is_given_up() -> None:
     world = World()
     server = Peer(world.host, bytes(10))

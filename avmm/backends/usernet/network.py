@@ -16,6 +16,7 @@ import contextlib
 import errno
 import itertools
 import os
+import random
 import socket
 from collections import deque
 from collections.abc import Sequence
@@ -68,7 +69,8 @@ class UserNetwork:
         self._tasks: asyncio.TaskGroup | None = None
         self._pumping = False
         self._timer: asyncio.TimerHandle | None = None
-        self._ports = itertools.cycle(_EPHEMERAL)
+        # From anywhere: a twin's guest still has the connections of its parent's.
+        self._ports = itertools.count(random.SystemRandom().choice(_EPHEMERAL))
         self._datagrams = Datagrams(self.stack, self._plan, self._pump, self._congested)
         self._nameserver: str | None = None
         self._power = Power()
@@ -219,9 +221,10 @@ class UserNetwork:
         self._pump()
 
     def _dial(self, port: int) -> Connection:
-        for local in itertools.islice(self._ports, len(_EPHEMERAL)):
+        for number in itertools.islice(self._ports, len(_EPHEMERAL)):
+            local = (self._plan.gateway, _EPHEMERAL[number % len(_EPHEMERAL)])
             with contextlib.suppress(OSError):
-                return self.stack.dial((self._plan.gateway, local), (self.stack.guest, port))
+                return self.stack.dial(local, (self.stack.guest, port))
         raise OSError(errno.EADDRNOTAVAIL, "no more connections to the guest can be made")
 
     # Frames.

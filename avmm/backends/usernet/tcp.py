@@ -508,6 +508,9 @@ class Connection:
     def _answered(self, sequence: int, acknowledgement: int, flags: int, window: int, options: Octets) -> None:
         """In SYN-SENT (RFC 9293, 3.10.7.3)."""
         if flags & ACK and acknowledgement != self._next:
+            if not flags & RST:  # it speaks of an older connection, which is over
+                self.header.put(buffer := bytearray(TCP_DATA_AT), acknowledgement, 0, RST, 0)
+                self._wire.transmit(self, buffer, 0)
             return
         if flags & RST:
             if flags & ACK:

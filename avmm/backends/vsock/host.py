@@ -13,6 +13,7 @@ import contextlib
 import errno
 import itertools
 import os
+import random
 import socket
 from collections.abc import Mapping
 from typing import Final
@@ -22,7 +23,8 @@ from avmm.backends.flow.streams import Handler, Power, Streams, answer, open_str
 from avmm.backends.vsock.protocol import Connection, Vsock
 from avmm.errors import ConfigError
 
-_EPHEMERAL: Final = range(1 << 30, (1 << 30) + 65536)
+_EPHEMERAL: Final = range(1 << 30, 1 << 31)
+_TRIES: Final = 1000
 
 
 class VsockHost:
@@ -37,7 +39,8 @@ class VsockHost:
         self._handlers: dict[int, Handler] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: asyncio.TaskGroup | None = None
-        self._ports = itertools.cycle(_EPHEMERAL)
+        # From anywhere: a twin's guest still has the connections of its parent's.
+        self._ports = itertools.count(random.SystemRandom().choice(_EPHEMERAL))
         self._power = Power()
 
     async def run(self) -> None:
@@ -88,9 +91,9 @@ class VsockHost:
         self._handlers.update(other._handlers)
 
     def _dial(self, port: int) -> Connection:
-        for local in itertools.islice(self._ports, len(_EPHEMERAL)):
+        for number in itertools.islice(self._ports, _TRIES):
             with contextlib.suppress(OSError):
-                return self.core.dial(local, port)
+                return self.core.dial(_EPHEMERAL[number % len(_EPHEMERAL)], port)
         raise OSError(errno.EADDRNOTAVAIL, "no more connections to the guest can be made")
 
     def asked(self, connection: Connection) -> None:
