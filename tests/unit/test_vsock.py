@@ -395,11 +395,22 @@ async def test_a_buffer_without_room_stops_the_device() -> None:
 
 
 async def test_a_restored_guest_hears_that_its_connections_are_gone() -> None:
-    async with machine() as (driver, _):
+    async with machine() as (driver, host):
         driver.start()
         state = driver.device.save()
         driver.device.restore(state)
-        assert await driver.queue(EVENT).request([], [4]) == bytes(4)
+        events, packets = driver.queue(EVENT), driver.queue(RX)
+        packets.add([], [44])
+        packets.kick()
+        dialling = asyncio.create_task(host.connect(5000))
+        assert await events.request([], [4]) == bytes(4)
+        assert not packets.collect()  # nothing new before the guest has forgotten the old
+        events.add([], [4])
+        events.kick()
+        await packets.completed()
+        dialling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await dialling
 
 
 def test_configuration(tmp_path: Path) -> None:

@@ -213,6 +213,12 @@ class Virtqueue:
                 chain.release()
             self._last_avail = self._last_avail - len(chains) & 0xFFFF
 
+    @property
+    def offered(self) -> int:
+        """How many chains the driver has offered since the beginning, modulo 65536."""
+        with self._lock:
+            return self._avail[1] if self.alive else self._seen
+
     def ask_for_more(self) -> bool:
         """Ask the driver to notify us of a chain beyond those there are now; False when more have just come."""
         with self._lock:

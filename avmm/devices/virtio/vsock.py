@@ -69,7 +69,9 @@ class Vsock(VirtioDevice):
         self._some = asyncio.Event()  # something is to be delivered, or to be forgotten
         self._drained = asyncio.Event()
         self._drained.set()
-        self._event = asyncio.Event()  # the guest is to be told of a reset
+        self._event = asyncio.Event()  # the guest is to be told that its connections are gone
+        self._told = asyncio.Event()  # and knows it: new ones may be made
+        self._told.set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._forget = False
 
@@ -117,6 +119,7 @@ class Vsock(VirtioDevice):
                 self._drained.set()
                 self._some.clear()
                 await self._some.wait()
+            await self._told.wait()
             chain: Chain | None = await queue.get()
             self._forget_if_told()
             done: list[tuple[Chain, int]] = []
@@ -146,13 +149,22 @@ class Vsock(VirtioDevice):
         while True:
             await self._event.wait()
             chain = await queue.get()
-            self._event.clear()
+            core = chain.queue
+            before = core.offered
             queue.push(chain, chain.write(_EVENT.pack(_TRANSPORT_RESET)))
+            # The driver offers the buffer again when it has done what the event asks for.
+            while queue.core is core and core.offered == before:
+                if core.ask_for_more():
+                    await queue.doorbell.wait()
+            self._event.clear()
+            self._told.set()
 
     def _forget_if_told(self) -> None:
         if self._forget:
             self._forget = False
             self._backend.reset()
+            self._event.clear()
+            self._told.set()
             self._drained.set()
 
     # State: connections do not outlive their VM, and the guest is told so.
@@ -165,7 +177,9 @@ class Vsock(VirtioDevice):
 
     def restore(self, state: None) -> None:
         """See :class:`VirtioDevice`."""
+        self._forget = False
         self._event.set()
+        self._told.clear()
 
 
 def _packet(chain: Chain) -> tuple[bytes, memoryview]:
