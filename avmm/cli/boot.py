@@ -74,6 +74,16 @@ def seconds(text: str) -> float:
     return value
 
 
+def _allow_files() -> None:
+    """As many open files as this user may have: each connection of the guest's is a socket of ours."""
+    import contextlib
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # macOS allows fewer than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1 << 16 if most == resource.RLIM_INFINITY else most, most))
+
+
 def run(args: argparse.Namespace) -> int:
     """Boot, or say what would be booted."""
     from avmm.config import VmConfig
@@ -116,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
         return ExitCode.POWER_OFF
     from avmm.cli import attach
 
+    _allow_files()
     if args.guest_command is not None:
         if not args.guest_command:
             raise ConfigError("which command? avmm boot KERNEL INITRD -- COMMAND")
