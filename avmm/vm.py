@@ -66,7 +66,6 @@ from avmm.log import log, recent
 from avmm.memory import GuestMemory, Region
 from avmm.monitor import Monitor
 from avmm.ram import LiveRam, Ram
-from avmm.snapshot import store
 from avmm.snapshot.machine import Parts, restore_machine, save_machine
 from avmm.snapshot.origin import Origin
 from avmm.trace import Trace
@@ -288,6 +287,8 @@ class VirtualMachine(Commands):
                 if self._can_fork:
                     await pause.aclose()
                 config = replace(self.config, engine=self._engine) if self.config.engine == "auto" else self.config
+                from avmm.snapshot import store  # with a library that others need not wait for
+
                 await store.write(origin, config, Path(path))
             finally:
                 origin.close()
@@ -774,6 +775,8 @@ def restore(
     """
 
     async def make() -> VirtualMachine:
+        from avmm.snapshot import store  # see above
+
         config, origin = store.load(Path(path))  # it is short
         return VirtualMachine(config, origin=origin, keep_output=keep_output, monitor=monitor, trace=trace)
 

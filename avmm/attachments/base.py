@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from avmm.devices.virtio.transport import VirtioDevice
 from avmm.errors import ConfigError
-from avmm.snapfile import Reader, Writer
+
+if TYPE_CHECKING:  # it takes a library that only a VM with snapshots needs
+    from avmm.snapfile import Reader, Writer
 
 
 class Attachment:

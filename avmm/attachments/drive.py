@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from avmm.attachments.base import Attachment
 from avmm.backends.drive import Drive, DriveMoment, StoredDrive, open_drive
@@ -12,7 +12,9 @@ from avmm.config import DriveConfig
 from avmm.devices.virtio.blk import Blk
 from avmm.devices.virtio.transport import VirtioDevice
 from avmm.errors import HostError, ImageError
-from avmm.snapfile import Reader, Writer
+
+if TYPE_CHECKING:  # it takes a library that only a VM with snapshots needs
+    from avmm.snapfile import Reader, Writer
 
 
 class DriveAttachment(Attachment):
