@@ -24,6 +24,9 @@ from avmm.debian import Fetched, fetch_debian
 
 CMDLINE = "console=ttyAMA0 panic=-1"
 
+# Users' Pythons keep what they compiled: ours do, whatever the shell says.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 
 def guest(flavour: str = "cloud") -> Fetched:
     """Debian's kernel and the busybox initrd, from the user's cache."""

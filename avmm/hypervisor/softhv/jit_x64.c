@@ -39,6 +39,7 @@ enum { POOL = sizeof pool, CALLER_SAVED = 1 << RSI | 1 << RDI | 1 << R8 | 1 << R
 static void no_regs(struct regs *regs) {
     memset(regs->guest, NO_GUEST, sizeof regs->guest);
     memset(regs->host, NO_REG, sizeof regs->host);
+    memset(regs->vector, NO_GUEST, sizeof regs->vector);
     regs->dirty = 0;
 }
 
@@ -399,9 +400,12 @@ static void emit_slow(struct emit *e, const struct outlined *o) {
     if (!(e->regs.flags & FLAGS_IN_MEM))
         need_flags(e);
     call_stub(e, e->regs.flags & FLAGS_IN_MEM ? e->jit->slow : e->jit->slow_flags);
+    bool more = o->sets_flags;
+    for (unsigned i = 0; i < sizeof o->after.vector; i++)
+        more |= o->after.vector[i] != NO_GUEST;
     struct slow slow = {
         .uop = (uint32_t)((const uint8_t *)o->u - code_arena(e->vcpu)),
-        .back = (int32_t)(o->sets_flags ? (ptrdiff_t)sizeof slow : o->back - e->p),
+        .back = (int32_t)(more ? (ptrdiff_t)sizeof slow : o->back - e->p),
         .pc_base = pc_base(e, o->u),
         .ran = (uint8_t)(o->u - e->block->uops + 1),
     };
@@ -411,10 +415,11 @@ static void emit_slow(struct emit *e, const struct outlined *o) {
     }
     memcpy(e->p, &slow, sizeof slow);
     e->p += sizeof slow;
-    if (o->sets_flags) {
+    if (o->sets_flags)
         flags_from_memory(e);
+    v_restore(e, o, true);
+    if (more)
         point(jmp(e), o->back);
-    }
 }
 
 struct outlined *outline(struct emit *e, const struct uop *u, enum outlined_kind kind) {
@@ -463,6 +468,7 @@ void check_fp(struct emit *e, const struct uop *u) {
 void call_pure(struct emit *e, const struct uop *u) {
     mov_imm(e, RAX, (uint64_t)((const uint8_t *)u - code_arena(e->vcpu)));
     call_stub(e, e->jit->pure);
+    memset(e->regs.vector, NO_GUEST, sizeof e->regs.vector);
     e->host_flags = false;
 }
 
@@ -536,6 +542,8 @@ static void emit_trace(struct emit *e, uint8_t *code, uint8_t *cold) {
     e->p = code;
     e->cold = cold;
     e->regs = e->back;
+    memset(e->regs.vector, NO_GUEST, sizeof e->regs.vector);
+    e->in_cold = false;
     e->regs.flags = FLAGS_IN_REG;
     e->host_flags = e->fp_checked = e->ended = e->short_of_regs = false;
     e->early = 0;
@@ -573,6 +581,7 @@ static void emit_trace(struct emit *e, uint8_t *code, uint8_t *cold) {
         emit_outlined(e, &e->outlined[i], false);
     uint8_t *end = e->p;
     e->p = e->cold;
+    e->in_cold = true;
     for (unsigned i = 0; i < e->outlined_count; i++) /* it may grow */
         emit_outlined(e, &e->outlined[i], true);
     e->cold = e->p;
@@ -595,6 +604,7 @@ const void *jit_compile(struct vcpu *c, const struct block *block) {
     e->block = trace;
     e->now = 0;
     memset(e->stamp, 0, sizeof e->stamp);
+    memset(e->vector_stamp, 0, sizeof e->vector_stamp);
     e->loops = false;
     e->page_offset = (int32_t)(trace->pa & (PAGE_SIZE - 1));
     no_regs(&e->back);

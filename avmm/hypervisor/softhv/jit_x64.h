@@ -12,6 +12,7 @@
  *   r15d            NZCV as LAHF and SETO leave it (RAW_*), C inverted, which is how x86 subtracts
  *   rax, rcx, rdx   scratch
  *   the other nine  guest registers, allocated within a block; all are back in x[] when it is left
+ *   xmm5 to xmm15   copies of vector registers, within a block
  */
 #ifndef SOFTHV_JIT_X64_H
 #define SOFTHV_JIT_X64_H
@@ -82,6 +83,7 @@ struct regs {
     uint16_t dirty;      /* host registers whose guest register in x[] is out of date */
     uint8_t flags;       /* where NZCV is: FLAGS_* */
     struct again_by again;
+    uint8_t vector[16];  /* by XMM register: a copy of this vector register, never newer than v[]; or NO_GUEST */
 };
 
 /* A load or store, with its registers: the host's, NO_REG when there is none. */
@@ -112,7 +114,7 @@ struct outlined {
 struct group {
     uint8_t first, last;  /* instructions */
     uint8_t scratch;      /* its number as a register; 0: none, it is no group */
-    bool write;
+    bool write;           /* one of them does: then the page must be writable, too, which here means readable */
     int32_t low, span;    /* bytes, from the first one's base */
 };
 enum { NO_GROUP = 0xff };
@@ -130,6 +132,8 @@ struct emit {
     uint32_t went_back;  /* the first instruction that the trace goes backwards from */
     int32_t page_offset; /* of the block's first instruction */
     struct regs regs;
+    uint32_t vector_stamp[16];
+    bool in_cold;            /* on a slow path: what the registers hold is settled */
     uint32_t stamp[16], now; /* last use of host registers: the oldest is evicted, never one of this instruction */
     bool host_flags;         /* the host's flags are the guest's */
     bool live_after[TRACE_MAX];
@@ -332,6 +336,14 @@ static inline int32_t page_offset(const struct emit *e, const struct uop *u) { r
 static inline int32_t next_offset(const struct emit *e, const struct uop *u) { return e->at[u - e->block->uops + 1]; }
 /* What PC-relative immediates count from. */
 static inline int32_t pc_base(const struct emit *e, const struct uop *u) { return page_offset(e, u) - u->off; }
+
+/* ---- jit_x64_simd.c: vector registers, with scratch XMM0 to XMM4 ------------------------------------------------- */
+
+void v_load(struct emit *e, unsigned xmm, unsigned v);
+void v_store(struct emit *e, unsigned xmm, unsigned v);
+void v_forget(struct emit *e, unsigned v); /* v[] was written */
+/* On the way back from a slow path: the copies that it has lost, or all. */
+void v_restore(struct emit *e, const struct outlined *o, bool all);
 
 /* ---- jit_x64_int.c, jit_x64_mem.c -------------------------------------------------------------------------------- */
 

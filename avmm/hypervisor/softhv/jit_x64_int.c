@@ -327,6 +327,13 @@ static void emit_bfm(struct emit *e, const struct uop *u, uint32_t arg) {
 
 static void emit_extr(struct emit *e, const struct uop *u, uint32_t arg) {
     unsigned w = arg & WIDE, n = use(e, u->rn), m = use(e, u->rm);
+    if (n == m) { /* ROR */
+        unsigned d = def(e, u->rd);
+        if (d != n || !w)
+            mov(e, w, d, n);
+        shift(e, w, ROR, d, (unsigned)u->imm);
+        return;
+    }
     mov(e, w, RAX, m);
     if (u->imm) {
         op_rr(e, w, 0x0fac, n, RAX); /* SHRD */

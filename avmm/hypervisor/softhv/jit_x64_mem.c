@@ -154,7 +154,7 @@ static void load_v(struct emit *e, uint32_t arg, unsigned to, struct place at, u
 
 static void store_v(struct emit *e, uint32_t arg, unsigned v, struct place at, unsigned more) {
     if ((arg & 7) == 4) {
-        op_rm(e, 0, MOVUPS, 0, CPU, V_AT(v));
+        v_load(e, 0, v);
         op_at(e, 0, MOVUPS_STORE, 0, at, more);
     } else {
         load(e, 1, RCX, CPU, V_AT(v));
@@ -191,14 +191,14 @@ static void move(struct emit *e, const struct uop *u, const struct transfer *a, 
         break;
     case VECTOR:
         load_v(e, a->arg, 0, at, 0);
-        op_rm(e, 0, MOVUPS_STORE, 0, CPU, V_AT(u->rd));
+        v_store(e, 0, u->rd);
         break;
     case VECTOR | STORES: store_v(e, a->arg, u->rd, at, 0); break;
     case VECTOR | PAIR:
         load_v(e, a->arg, 0, at, 0);
         load_v(e, a->arg, 1, at, size);
-        op_rm(e, 0, MOVUPS_STORE, 0, CPU, V_AT(u->rd));
-        op_rm(e, 0, MOVUPS_STORE, 1, CPU, V_AT(u->ra));
+        v_store(e, 0, u->rd);
+        v_store(e, 1, u->ra);
         break;
     default:
         store_v(e, a->arg, u->rd, at, 0);
@@ -225,6 +225,7 @@ void emit_checked_access(struct emit *e, struct outlined *o) {
     checked_access(e, u, &o->transfer, slow);
     if (writes_back(o->transfer.arg))
         lea(e, 1, o->transfer.n, o->transfer.n, (int32_t)u->imm);
+    v_restore(e, o, false);
     point(jmp(e), o->back);
 }
 
@@ -265,7 +266,8 @@ void plan_accesses(struct emit *e) {
                 struct group *group = &e->groups[g];
                 int32_t lowest = low < group->low ? low : group->low;
                 int32_t highest = high > group->low + group->span ? high : group->low + group->span;
-                if ((group->write || !(by->arg & STORES)) && highest - lowest <= SPAN_MAX) {
+                if (highest - lowest <= SPAN_MAX) {
+                    group->write |= by->arg & STORES;
                     group->low = lowest;
                     group->span = highest - lowest;
                     group->last = (uint8_t)i;

@@ -37,14 +37,79 @@ static bool has_sha(void) {
 /* What this host can do; asked at compile time of guest code, which is rare enough. */
 static bool has_sse42(void) { return __builtin_cpu_supports("sse4.2"); }
 
-static void v_load(struct emit *e, unsigned xmm, unsigned v) { op_rm(e, 0, MOVUPS, xmm, CPU, V_AT(v)); }
-static void v_store(struct emit *e, unsigned xmm, unsigned v) { op_rm(e, 0, MOVUPS_STORE, xmm, CPU, V_AT(v)); }
 static void xx(struct emit *e, uint32_t op, unsigned to, unsigned from) { op_rr(e, 0, op, to, from); }
 static void xx_imm(struct emit *e, uint32_t op, unsigned to, unsigned from, unsigned imm) {
     op_rr(e, 0, op, to, from);
     byte(e, imm);
 }
 static void x_copy(struct emit *e, unsigned to, unsigned from) { xx(e, 0x0f28, to, from); } /* MOVAPS */
+/* ---- Copies of vector registers ---------------------------------------------------------------------------------- */
+
+/*
+ * They spare the way through memory, which takes longer than most instructions do. v[] is written at once, so that a
+ * copy can be forgotten at any time, and a block left without a thought.
+ */
+enum { FIRST_COPY = 5, COPIES_END = 16 };
+
+static unsigned v_copy(struct emit *e, unsigned v) {
+    for (unsigned x = FIRST_COPY; x < COPIES_END; x++) {
+        if (e->regs.vector[x] == v) {
+            e->vector_stamp[x] = e->now;
+            return x;
+        }
+    }
+    return NO_REG;
+}
+
+static unsigned v_new_copy(struct emit *e, unsigned v) {
+    unsigned oldest = FIRST_COPY;
+    for (unsigned x = FIRST_COPY; x < COPIES_END; x++) {
+        if (e->regs.vector[x] == NO_GUEST) {
+            oldest = x;
+            break;
+        }
+        if (e->vector_stamp[x] < e->vector_stamp[oldest])
+            oldest = x;
+    }
+    e->regs.vector[oldest] = (uint8_t)v;
+    e->vector_stamp[oldest] = e->now;
+    return oldest;
+}
+
+void v_load(struct emit *e, unsigned xmm, unsigned v) {
+    unsigned copy = v_copy(e, v);
+    if (copy == NO_REG && !e->in_cold) {
+        copy = v_new_copy(e, v);
+        op_rm(e, 0, MOVUPS, copy, CPU, V_AT(v));
+    }
+    if (copy == NO_REG)
+        op_rm(e, 0, MOVUPS, xmm, CPU, V_AT(v));
+    else
+        x_copy(e, xmm, copy);
+}
+
+void v_store(struct emit *e, unsigned xmm, unsigned v) {
+    op_rm(e, 0, MOVUPS_STORE, xmm, CPU, V_AT(v));
+    if (e->in_cold)
+        return;
+    unsigned copy = v_copy(e, v);
+    x_copy(e, copy == NO_REG ? v_new_copy(e, v) : copy, xmm);
+}
+
+void v_forget(struct emit *e, unsigned v) {
+    for (unsigned x = FIRST_COPY; x < COPIES_END; x++)
+        if (e->regs.vector[x] == v)
+            e->regs.vector[x] = NO_GUEST;
+}
+
+void v_restore(struct emit *e, const struct outlined *o, bool all) {
+    for (unsigned x = FIRST_COPY; x < COPIES_END; x++) {
+        unsigned v = o->after.vector[x];
+        if (v != NO_GUEST && (all || o->before.vector[x] != v || v == o->u->rd || v == o->u->ra))
+            op_rm(e, 0, MOVUPS, x, CPU, V_AT(v));
+    }
+}
+
 /* The result in XMM0: 128 bits, or 64 and zeros. */
 static void v_result(struct emit *e, const struct uop *u, bool all) {
     if (!all)
@@ -324,6 +389,7 @@ static void emit_insert_general(struct emit *e, const struct uop *u, uint32_t ar
     unsigned n = use(e, u->rn), size = v_size(u);
     static const uint32_t stores[] = {0x88 | BYTE_REG, 0x660089, 0x89, 0x89};
     op_rm(e, size == 3, stores[size], n, CPU, V_AT(u->rd) + (int32_t)(u->imm << size));
+    v_forget(e, u->rd);
 }
 
 static void emit_fmov_to_x(struct emit *e, const struct uop *u, uint32_t arg) { /* arg: log2 of bytes, 8: upper half */
@@ -336,6 +402,7 @@ static void emit_fmov_from_x(struct emit *e, const struct uop *u, uint32_t arg) 
     unsigned n = use(e, u->rn);
     if (arg & 8) {
         store(e, 1, n, CPU, V_AT(u->rd) + 8);
+        v_forget(e, u->rd);
         return;
     }
     op_rr(e, (arg & 7) == 3, MOVD_TO, 0, n);
@@ -456,7 +523,15 @@ static void usual_result(struct emit *e, struct outlined *o, bool is_double, boo
 }
 
 static void s_load(struct emit *e, unsigned xmm, unsigned v, bool is_double) {
-    op_rm(e, 0, is_double ? MOVSD : MOVSS, xmm, CPU, V_AT(v));
+    unsigned copy = v_copy(e, v);
+    if (copy == NO_REG) {
+        op_rm(e, 0, is_double ? MOVSD : MOVSS, xmm, CPU, V_AT(v));
+    } else if (is_double) {
+        xx(e, MOVQ, xmm, copy);
+    } else {
+        xx(e, PXOR, xmm, xmm);
+        xx(e, MOVSS, xmm, copy);
+    }
 }
 
 static void emit_arithmetic(struct emit *e, const struct uop *u, uint32_t arg) {
@@ -470,7 +545,11 @@ static void emit_arithmetic(struct emit *e, const struct uop *u, uint32_t arg) {
         xx(e, op, 0, 0);
     } else {
         s_load(e, 0, u->rn, is_double);
-        op_rm(e, 0, op, 0, CPU, V_AT(u->rm));
+        unsigned m = v_copy(e, u->rm);
+        if (m == NO_REG)
+            op_rm(e, 0, op, 0, CPU, V_AT(u->rm));
+        else
+            xx(e, op, 0, m);
     }
     usual_result(e, o, is_double, !(arg & NEAR_ENDS));
     v_store(e, 0, u->rd);

@@ -184,7 +184,7 @@ static void tlb_fill(struct vcpu *c, uint64_t va, unsigned idx, const struct tra
     uint64_t page = va & PAGE_MASK, pa = t->pa & PAGE_MASK;
     bool direct = !t->device && !(c->sys.sctlr & SCTLR_A);
     e->read = direct && t->read && ram->flags & HV_MEMORY_READ ? page : TLB_NONE;
-    e->write = direct && t->write && ram->flags & HV_MEMORY_WRITE ? page : TLB_NONE;
+    e->write = e->read == page && t->write && ram->flags & HV_MEMORY_WRITE ? page : TLB_NONE; /* see struct group */
     e->addend = (uintptr_t)(ram->host + (pa - ram->ipa)) - (uintptr_t)page;
     e->pa = pa | t->page_bits;
     note_cached(c, va, t);
