@@ -1,6 +1,8 @@
 """Host CPU of a guest that sits at its shell prompt, and how often its vCPUs really idle (WFI exits a second).
 
-python bench/idle.py [--seconds 10] [-c 1 4] [-n 3]
+python bench/idle.py [--seconds 10] [-c 1 4] [-n 3] [--everything]
+
+With --everything avmm's guest has a disk, a network, a shared folder and sockets as well; QEMU's stays as it is.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ import argparse
 import asyncio
 import os
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 from side_by_side import AVMM, QEMU, cpu_seconds, guest, headline, require_qemu, resident_mib, running
 
@@ -37,19 +41,34 @@ async def wfi_rate(kernel: str, initrd: str, cpus: int, seconds: float) -> float
         return (vm.counters()["exits"]["wfi"] - before) / seconds
 
 
+def everything(folder: Path) -> list[str]:
+    """Options of avmm boot for a device of each kind."""
+    disk, shared = folder / "disk.img", folder / "shared"
+    shared.mkdir()
+    with disk.open("wb") as file:
+        file.truncate(64 << 20)
+    return ["-d", str(disk), "--share", f"{shared}:it:rw", "--vsock", f"1024={folder}/socket"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("-c", "--cpus", type=int, nargs="+", default=[1, 4])
     parser.add_argument("-n", type=int, default=3, help="runs of each")
+    parser.add_argument("--everything", action="store_true", help="attach one device of each kind")
     args = parser.parse_args()
     require_qemu()
     fetched = guest()
     headline(f"idle at the shell for {args.seconds:g} s: {fetched.version}, 512 MiB")
+    scratch = tempfile.TemporaryDirectory()
+    more = everything(Path(scratch.name)) if args.everything else []
     for cpus in args.cpus:
         ours, theirs = [], []
         for _ in range(args.n):
-            ours.append(idle(AVMM.command(fetched.kernel, fetched.initrd, 512, cpus, ""), args.seconds))
+            command = AVMM.command(fetched.kernel, fetched.initrd, 512, cpus, "")
+            if args.everything:
+                command[command.index("--net") + 1] = "user"
+            ours.append(idle([*command, *more], args.seconds))
             theirs.append(idle(QEMU.command(fetched.kernel, fetched.initrd, 512, cpus, ""), args.seconds))
         rate = asyncio.run(wfi_rate(os.fspath(fetched.kernel), os.fspath(fetched.initrd), cpus, args.seconds))
         print(f"\n{cpus} vCPU; WFI exits a second with avmm: {rate:.1f}")

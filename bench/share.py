@@ -4,7 +4,8 @@ python bench/share.py [-n 3] [--files 1000] [--size 64] [--cache 0] [--virtiofsd
 
 Small files made, looked at and read by the guest's shell (files a second), then large reads and writes of one file in
 the host's page cache (MiB a second; the guest's caches are dropped before each). 9p is mounted with its default
-cache=none, so that both sides ask the host each time; the drivers of 9p come from the kernel's package.
+cache=none, so that both sides ask the host each time, and keeps no file data in the guest at all, which the direct
+reads and writes do not either; the drivers of 9p come from the kernel's package.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ grep -q ' /mnt/code ' /proc/mounts || { echo 'the folder is not mounted'; powero
 cd /mnt/code
 now() { read up rest </proc/uptime; echo $((${up%.*} * 100 + 1${up#*.} - 100)); }
 drop() { sync; echo 3 >/proc/sys/vm/drop_caches; }
+failed() { echo 'a copy failed'; poweroff -f; }
 report() { echo "RESULT $1 $(( $(now) - $2 ))"; }
 text='line
 0123456789012345678901234567890123456789012345678901234567890123456789012345678901234567890123456789'
@@ -48,16 +50,24 @@ for turn in 1 2; do
     t=$(now); i=0; while [ $i -lt FILES ]; do read line <f$i; i=$((i + 1)); done; report read $t
     cd ..
     drop
-    t=$(now); dd if=/dev/zero of=big bs=1M count=SIZE conv=fsync 2>/dev/null; report write-sequential $t
+    t=$(now); dd if=/dev/zero of=big bs=1M count=SIZE conv=fsync 2>/dev/null || failed; report write-sequential $t
     drop
-    t=$(now); dd if=big of=/dev/null bs=1M 2>/dev/null; report read-sequential $t
+    t=$(now); dd if=big of=/dev/null bs=1M 2>/dev/null || failed; report read-sequential $t
     drop
-    t=$(now); dd if=big of=/dev/null bs=16k 2>/dev/null; report read-16k $t
+    t=$(now); dd if=big of=/dev/null bs=16k 2>/dev/null || failed; report read-16k $t
+DIRECT
 done
 poweroff -f
 """
 
+_DIRECT = """\
+    drop
+    t=$(now); dd if=/dev/zero of=big bs=1M count=SIZE oflag=direct conv=notrunc 2>/dev/null || failed
+    report write-direct $t
+    t=$(now); dd if=big of=/dev/null bs=1M iflag=direct 2>/dev/null || failed; report read-direct $t"""
+
 _FIGURES = ("create", "stat", "read", "write-sequential", "read-sequential", "read-16k")
+_DIRECT_FIGURES = ("write-direct", "read-direct")  # which virtiofsd refuses
 
 _9P = "mount -t 9p -o trans=virtio,version=9p2000.L,msize=524288 code /mnt/code"
 _VIRTIOFS = "mount -t virtiofs code /mnt/code"
@@ -99,11 +109,11 @@ def measure(argv: list[str], args: argparse.Namespace) -> dict[str, float]:
     """Boot once; the figures of the second turn, the first warms up."""
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=600)
     found = {name: int(ticks) for name, ticks in re.findall(r"RESULT ([\w-]+) (\d+)\r", done.stdout.decode("latin-1"))}
-    if found.keys() != set(_FIGURES):
+    if found.keys() != set(args.figures):
         sys.exit(f"{argv[0]} ended with {done.returncode}: {done.stdout[-1000:]!r} {done.stderr[-1000:]!r}")
     return {
         name: (args.files if name in ("create", "stat", "read") else args.size) / max(found[name], 1) * 100
-        for name in _FIGURES
+        for name in args.figures
     }
 
 
@@ -115,7 +125,7 @@ def virtiofsd(folder: str) -> Iterator[list[str]]:
         sys.exit("there is no virtiofsd here")
     with tempfile.TemporaryDirectory() as scratch:
         socket = f"{scratch}/socket"
-        options = [program, f"--socket-path={socket}", "-o", f"source={folder}", "-o", "cache=none"]
+        options = [program, f"--socket-path={socket}", "-o", f"source={folder},cache=auto"]
         process = subprocess.Popen(options, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             while not os.path.exists(socket) and process.poll() is None:
@@ -139,7 +149,12 @@ def main() -> None:
     args = parser.parse_args()
     require_qemu()
     fetched = guest("generic")  # the cloud kernel has no 9p
-    script = _SCRIPT.replace("FILES", str(args.files)).replace("SIZE", str(args.size))
+    args.figures = _FIGURES if args.virtiofsd else _FIGURES + _DIRECT_FIGURES
+    script = (
+        _SCRIPT.replace("DIRECT", "" if args.virtiofsd else _DIRECT)
+        .replace("FILES", str(args.files))
+        .replace("SIZE", str(args.size))
+    )
     ours_initrd = with_script(fetched, script.replace("MOUNT", "true"))
     if args.virtiofsd:
         theirs_initrd = with_script(fetched, script.replace("MOUNT", _VIRTIOFS))
@@ -168,7 +183,7 @@ def main() -> None:
                 options = ["-fsdev", f"local,id=f,path={theirs_folder},security_model=none",
                            "-device", "virtio-9p-device,fsdev=f,mount_tag=code"]  # fmt: skip
                 runs.append((first, measure([*theirs, *options], args)))
-    for name in _FIGURES:
+    for name in args.figures:
         a = statistics.median(run[0][name] for run in runs)
         b = statistics.median(run[1][name] for run in runs)
         paired = statistics.median(run[0][name] / run[1][name] for run in runs)
