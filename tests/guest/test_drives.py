@@ -18,6 +18,7 @@ import pytest
 
 import avmm
 from avmm.debian import Fetched
+from tests.guest import rootfs
 from tests.guest.conftest import READY
 
 pytestmark = pytest.mark.guest
@@ -234,3 +235,25 @@ def test_drives_in_the_dry_run_and_in_the_device_tree(debian: Fetched, tmp_path:
         assert refused.returncode == 2
         assert word in refused.stderr
         assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["raw", "qcow2"])
+async def test_fio_finds_what_it_wrote(name: str, tmp_path: Path) -> None:
+    """Random writes of many sizes, many at a time, over each other's edges; each block read back with its checksum."""
+    disk = tmp_path / f"disk.{name}"
+    if name == "raw":
+        disk.touch()
+        os.truncate(disk, 32 << 20)
+    else:
+        run("qemu-img", "create", "-q", "-f", "qcow2", disk, "32M")
+    async with rootfs.booted(rootfs.rootfs(["fio"]), drives=[str(disk)], memory="512M") as guest:
+        report = await guest.check(
+            "fio --name=v --filename=/dev/vdb --direct=1 --ioengine=libaio --iodepth=16 --thread --size=24m"
+            " --io_size=24m --rw=randwrite --bsrange=4k-64k --verify=crc32c"
+            " --do_verify=1 --verify_fatal=1 --end_fsync=1",
+            timeout=240,
+        )
+        assert re.search(r"err= 0", report)
+        assert re.search(r"READ:", report)  # it did read back
+    if name == "qcow2":
+        run("qemu-img", "check", "-q", disk)
