@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from avmm.backends.usernet.packet import TCP_DATA_AT, address
 from avmm.backends.usernet.plan import Plan
 from avmm.backends.usernet.stack import Address, Stack
-from avmm.backends.usernet.tcp import SEGMENT_MAX, Connection, State
+from avmm.backends.usernet.tcp import ACK, SEGMENT_MAX, SYN, Connection, State
 from avmm.link import Frame
 
 GATEWAY, GUEST = address("10.0.2.2"), address("10.0.2.15")
@@ -278,6 +278,36 @@ def test_what_a_peer_remembers_of_an_older_connection_is_swept_away() -> None:
     world.connect(second)
     world.run(lambda: len(servers) == 2 and bytes(servers[1].got) == b"y")
     assert servers[0].over is True
+
+
+def test_a_repeated_syn_is_answered_after_other_answers() -> None:
+    """The window of a SYN is never scaled, whatever was offered since."""
+    world = World()
+    world.host.serve = lambda connection: Peer(world.host, b"")
+    client = world.connect(Peer(world.guest, b""))
+    world.run(lambda: world.host.stack.connections == 1)
+    (server,) = world.host.stack._connections.values()
+    assert server.state is State.SYN_RECEIVED
+    server.segment(client._una + 100_000 & 0xFFFFFFFF, 0, ACK, 100, b"", memoryview(b""), world.now)
+    server.segment(client._una, 0, SYN, 100, b"", memoryview(b""), world.now)
+
+
+def test_pieces_that_overlap_are_not_hoarded() -> None:
+    world = World()
+    server = Peer(world.host, b"")
+    server.room = lambda: None  # type: ignore[method-assign]
+    world.host.serve = lambda connection: server
+    client = Peer(world.guest, b"x")
+    client.room = lambda: None  # type: ignore[method-assign]
+    world.connect(client)
+    world.run(lambda: server.connection is not None and server.connection.state is State.OPEN)
+    connection = server.connection
+    assert connection is not None
+    world.host.stack.window_limit = 100_000
+    for number in range(100):
+        data = memoryview(bytes(30_000))
+        connection.segment(connection._rcv + 1 + number, connection._next, ACK, 100, b"", data, world.now)
+    assert sum(len(kept) for _, kept in connection._early) <= 100_000
 
 
 def test_a_peer_that_is_gone_is_given_up() -> None:

@@ -208,6 +208,14 @@ def test_more_than_there_is_credit_for_ends_the_connection() -> None:
     assert guest.hear()[-1] == RST
 
 
+def test_a_guest_that_promises_the_world_is_not_believed() -> None:
+    guest = Guest(alloc=0xFFFFFFFF)
+    endpoint = Endpoint(bytes(8 * BUFFER))
+    guest.serve.append(endpoint)
+    guest.say(REQUEST)
+    assert sum(len(each.payload) for each in guest.core.output) == BUFFER
+
+
 def test_credit_on_request() -> None:
     guest = Guest()
     guest.serve.append(Endpoint())

@@ -15,6 +15,7 @@ from __future__ import annotations
 import heapq
 import os
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from typing import Final, Protocol, TypeAlias
@@ -58,7 +59,7 @@ Address: TypeAlias = tuple[bytes, int]
 #: Connections at once; a guest that asks for more is not answered until one ends.
 CONNECTIONS_MAX: Final = 16384
 #: Bytes in each direction that all connections hold together, and one of them.
-_BUDGET: Final = 512 << 20
+_BUDGET: Final = 256 << 20
 _WINDOW_MAX: Final = 1 << 20
 _WINDOW_MIN: Final = 16 << 10
 _MTU: Final = 1500
@@ -96,7 +97,7 @@ class Counters:
 class Stack:
     """One user-mode network. ``output`` collects the frames for the guests; whoever owns the stack empties it."""
 
-    def __init__(self, host: Host, plan: Plan | None = None) -> None:
+    def __init__(self, host: Host, plan: Plan | None = None, *, entropy: Callable[[int], bytes] = os.urandom) -> None:
         self.plan = plan or Plan()
         self.names = dns.Names()
         #: More addresses of the network that are ours.
@@ -105,6 +106,7 @@ class Stack:
         self.counters = Counters()
         self.window_limit = _WINDOW_MAX
         self._host = host
+        self._entropy = entropy
         self._leases = dhcp.Leases(self.plan)
         self._neighbours: dict[bytes, bytes] = {}
         self._unresolved: dict[bytes, deque[tuple[Address, Address, bytes]]] = {}
@@ -423,7 +425,7 @@ class Stack:
 
     def _new(self, key: bytes, mac: bytes, local: Address, remote: Address) -> Connection:
         header = TcpHeader((mac, self.plan.mac), local[0], remote[0], (local[1], remote[1]))
-        connection = Connection(self, key, header, local, remote, int.from_bytes(os.urandom(4), "big"))
+        connection = Connection(self, key, header, local, remote, int.from_bytes(self._entropy(4), "big"))
         self._connections[key] = connection
         self.counters.connections += 1
         self._share()

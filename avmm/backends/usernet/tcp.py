@@ -444,7 +444,7 @@ class Connection:
         if not mine and self._edge == self._rcv:
             self._edge = self._rcv + min(self._free(), 0xFFFF) & _MASK
         buffer = bytearray(TCP_DATA_AT + len(options))
-        window = 0xFFFF if mine else self._edge - self._rcv & _MASK
+        window = 0xFFFF if mine else min(self._edge - self._rcv & _MASK, 0xFFFF)
         self.header.put(buffer, self._una, self._rcv, flags, window, options)
         self._wire.transmit(self, buffer, 0)
         self._our_scale = scale
@@ -651,7 +651,12 @@ class Connection:
     def _keep(self, place: int, data: memoryview) -> None:
         """Bytes that came too early."""
         end = place + len(data)
-        if len(self._early) < _EARLY_MAX and not any(at <= place and end <= at + len(kept) for at, kept in self._early):
+        held = sum(len(kept) for _, kept in self._early)  # they may overlap: a window is no bound by itself
+        if (
+            len(self._early) < _EARLY_MAX
+            and held + len(data) <= self._wire.window_limit
+            and not any(at <= place and end <= at + len(kept) for at, kept in self._early)
+        ):
             insort(self._early, (place, bytes(data)))
 
     def _merge(self) -> None:

@@ -179,7 +179,8 @@ class Connection:
 
     def packet(self, operation: int, flags: int, alloc: int, taken: int, payload: memoryview) -> None:
         """Take in a packet of the guest's."""
-        self._peer_alloc, self._peer_taken = alloc, taken
+        # A guest may promise the world: what it has not taken yet is held here.
+        self._peer_alloc, self._peer_taken = min(alloc, BUFFER), taken
         if (self._sent - taken & _WORD) >= _HALF:  # it has taken what was never sent
             self.abort()
         elif operation == RW:
@@ -289,7 +290,7 @@ class Vsock:
         elif operation == REQUEST and target == HOST_CID and kind == _STREAM and self.connections < CONNECTIONS_MAX:
             connection = self._new(local, port)
             connection.state = State.ASKED
-            connection._peer_alloc, connection._peer_taken = alloc, taken
+            connection._peer_alloc, connection._peer_taken = min(alloc, BUFFER), taken
             self._host.asked(connection)
         elif operation != RST:
             self.counters["refused"] += 1
