@@ -97,7 +97,7 @@ struct transfer {
 enum outlined_kind { SLOW_CALL, SIDE_EXIT, CHECKED_ACCESS, LAST_CALL };
 struct outlined {
     enum outlined_kind kind;
-    uint8_t *from[3]; /* rel32 fields that lead here */
+    uint8_t *from[6]; /* rel32 fields that lead here; FCVTZU has four */
     const struct uop *u;
     struct regs before, after; /* but for SIDE_EXIT: state where it is left and where it comes back to */
     bool host_flags;           /* SIDE_EXIT: the host's flags are the guest's */
