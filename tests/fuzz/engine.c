@@ -11,6 +11,7 @@
  */
 #define _GNU_SOURCE
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -18,6 +19,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -291,7 +294,8 @@ static void make_case(struct dice *d, bool replayable) {
 /* ---- The watchdog ----------------------------------------------------------------------------------------------- */
 
 static _Atomic uint64_t running[VCPUS], run_began[VCPUS]; /* handles, or 0; in milliseconds */
-static _Atomic uint64_t the_seed;
+static _Atomic uint64_t *shared_seed;
+#define the_seed (*shared_seed)
 enum { KICK_MS = 4, HANG_MS = 60000 };
 
 static uint64_t now_ms(void) {
@@ -582,9 +586,29 @@ static void run_case(uint64_t seed) {
     }
 }
 
+/* The cases run in a child: however that dies, its parent tells the seed. */
+static void in_a_child(void) {
+    shared_seed = mmap(NULL, sizeof *shared_seed, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    pid_t child = fork();
+    if (shared_seed == MAP_FAILED || child < 0) {
+        perror("fork");
+        exit(2);
+    }
+    if (!child) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        return;
+    }
+    int status;
+    waitpid(child, &status, 0);
+    if (status)
+        fprintf(stderr, "ended with status %#x in seed %#llx\n", (unsigned)status, (unsigned long long)the_seed);
+    exit(status ? 1 : 0);
+}
+
 int main(int argc, char **argv) {
     unsigned long count = 0, seconds = 0;
     uint64_t from = 1;
+    in_a_child();
     ram = alone(RAM_SIZE);
     island = alone(ISLAND_SIZE);
     while (softhv_insn(row_count, &rows[row_count]))
