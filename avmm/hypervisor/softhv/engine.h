@@ -493,6 +493,7 @@ void mail_tlbi(struct vcpu *c, unsigned op, uint64_t argument); /* from c to all
 void mail_code(struct vm *vm, const struct vcpu *from, uint64_t pa, uint64_t size); /* to all, or all others; any thread */
 void mail_read(struct vcpu *c);  /* by its own thread, between blocks or as the last thing of one */
 void mail_sync(struct vcpu *c);  /* the same; returns when all others have read what c has sent them */
+void mail_moved(struct vm *vm);  /* vm->lock held: wake those who wait for others to read */
 void mail_wait(struct vcpu *c);  /* the same; while others are waited for by mail_sync(), make room for them */
 void tlbi(struct vcpu *c, unsigned op, uint64_t argument); /* exec_sys.c: on this vCPU */
 
@@ -558,7 +559,8 @@ struct vm {
     _Atomic uint32_t stoppers; /* those who wait to change the memory map */
     pthread_cond_t all_out;   /* for them */
     _Atomic uint32_t syncing; /* vCPUs in mail_sync() */
-    pthread_cond_t mail_read; /* for them: a vCPU has read its mail, is outside, or has got some */
+    _Atomic uint32_t mail_waiters; /* asleep until a vCPU has read its mail, is outside, has got some; or none syncs: */
+    pthread_cond_t mail_moved;
     struct ram ram[RAM_MAX];
     uint32_t ram_count;
     struct vcpu *vcpus[VCPU_MAX];

@@ -39,10 +39,17 @@ static void post_code(struct vcpu *to, uint64_t pa, uint64_t size) {
     pthread_mutex_unlock(&mail->lock);
 }
 
-/* vm->lock held. */
-static void wake(struct vm *vm) {
-    if (atomic_load(&vm->syncing))
-        pthread_cond_broadcast(&vm->mail_read);
+void mail_moved(struct vm *vm) {
+    if (atomic_load(&vm->mail_waiters))
+        pthread_cond_broadcast(&vm->mail_moved);
+}
+
+static void mail_moved_locking(struct vm *vm) {
+    if (!atomic_load(&vm->mail_waiters))
+        return;
+    pthread_mutex_lock(&vm->lock);
+    mail_moved(vm);
+    pthread_mutex_unlock(&vm->lock);
 }
 
 void mail_tlbi(struct vcpu *c, unsigned op, uint64_t argument) {
@@ -53,7 +60,7 @@ void mail_tlbi(struct vcpu *c, unsigned op, uint64_t argument) {
     for (uint32_t i = 0; i < vm->vcpu_count; i++)
         if (vm->vcpus[i] != c)
             post_tlbi(vm->vcpus[i], op, argument);
-    wake(vm);
+    mail_moved(vm);
     pthread_mutex_unlock(&vm->lock);
     c->posted = true;
 }
@@ -80,7 +87,7 @@ void mail_code(struct vm *vm, const struct vcpu *from, uint64_t pa, uint64_t siz
     for (uint32_t i = 0; i < vm->vcpu_count; i++)
         if (vm->vcpus[i] != from)
             post_code(vm->vcpus[i], pa, end - pa);
-    wake(vm);
+    mail_moved(vm);
     pthread_mutex_unlock(&vm->lock);
 }
 
@@ -100,11 +107,7 @@ void mail_read(struct vcpu *c) {
     mail->tlb_count = mail->code_count = 0;
     atomic_fetch_and(&c->poll, ~(uint32_t)POLL_MAIL); /* last: mail_sync() of others waits for it */
     pthread_mutex_unlock(&mail->lock);
-    if (atomic_load(&c->vm->syncing)) {
-        pthread_mutex_lock(&c->vm->lock);
-        wake(c->vm);
-        pthread_mutex_unlock(&c->vm->lock);
-    }
+    mail_moved_locking(c->vm);
 }
 
 /* vm->lock held. Is there another in the guest with mail to read? */
@@ -136,7 +139,10 @@ static void wait_for_readers(struct vcpu *c) {
             cpu_relax();
             pthread_mutex_lock(&vm->lock);
         } else {
-            pthread_cond_wait(&vm->mail_read, &vm->lock);
+            atomic_fetch_add(&vm->mail_waiters, 1); /* before the last look: who moves now finds us here */
+            if (atomic_load(&vm->syncing) && behind(c) && !(atomic_load(&c->poll) & POLL_MAIL))
+                pthread_cond_wait(&vm->mail_moved, &vm->lock);
+            atomic_fetch_sub(&vm->mail_waiters, 1);
         }
     }
     pthread_mutex_unlock(&vm->lock);
@@ -146,7 +152,8 @@ void mail_sync(struct vcpu *c) {
     c->posted = false;
     atomic_fetch_add(&c->vm->syncing, 1);
     wait_for_readers(c);
-    atomic_fetch_sub(&c->vm->syncing, 1); /* whoever still waits for the same has been woken for the same */
+    atomic_fetch_sub(&c->vm->syncing, 1);
+    mail_moved_locking(c->vm);
 }
 
 void mail_wait(struct vcpu *c) {

@@ -141,8 +141,7 @@ void guest_leave(struct vcpu *c) {
         pass_turn(vm);
     if (!vm->inside && atomic_load(&vm->stoppers))
         pthread_cond_signal(&vm->all_out);
-    if (atomic_load(&vm->syncing))
-        pthread_cond_broadcast(&vm->mail_read);
+    mail_moved(vm);
     pthread_mutex_unlock(&vm->lock);
 }
 

@@ -37,7 +37,7 @@ softhv_vm_t *softhv_vm_new(void) {
     vm->jit_threshold = INT32_MAX;
     pthread_mutex_init(&vm->lock, NULL);
     pthread_cond_init(&vm->all_out, NULL);
-    pthread_cond_init(&vm->mail_read, NULL);
+    pthread_cond_init(&vm->mail_moved, NULL);
     vm->ipa_bits = IPA_BITS_DEFAULT;
     return (softhv_vm_t *)vm;
 }
@@ -57,7 +57,7 @@ hv_return_t softhv_vm_free(softhv_vm_t *opaque) {
         bound = NULL;
     free(vm->faults);
     pthread_cond_destroy(&vm->all_out);
-    pthread_cond_destroy(&vm->mail_read);
+    pthread_cond_destroy(&vm->mail_moved);
     pthread_mutex_destroy(&vm->lock);
     free(vm);
     return HV_SUCCESS;
@@ -164,6 +164,7 @@ static void stop_guest(struct vm *vm) {
     while (vm->inside) {
         for (uint32_t i = 0; i < vm->vcpu_count; i++)
             atomic_fetch_or(&vm->vcpus[i]->poll, POLL_MAIL);
+        mail_moved(vm);
         pthread_cond_wait(&vm->all_out, &vm->lock);
     }
     atomic_fetch_sub(&vm->stoppers, 1);
