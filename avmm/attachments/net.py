@@ -53,7 +53,7 @@ class Network(Cable):
 
     def gone(self) -> None:
         """The guest's machine has ended: nothing is on its way, nobody waits for it any more."""
-        self.close()
+        self.clear()
         if self._user is not None:
             self._user.gone()
 
@@ -152,6 +152,7 @@ class NetAttachment(Attachment):
             part(self._card.end)
         card = self._card = Net(self._mac, name=self._name)
         join(card.end, self.network.card)
+        self.network.clear()
         self.network.watch_link(card.set_link)
         return card
 

@@ -150,6 +150,9 @@ class _Lane:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._refused:
+            self._refused = False
+            self.source.room()
 
 
 class Cable:
@@ -208,8 +211,8 @@ class Cable:
         self._on_link = changed
         changed(self.plugged)
 
-    def close(self) -> None:
-        """Forget what is on the way."""
+    def clear(self) -> None:
+        """Forget what is on the way: one of the ends is gone, or another."""
         self._out.clear()
         self._in.clear()
 
@@ -217,7 +220,7 @@ class Cable:
         if up is not self.plugged:
             self.plugged = up
             if not up:
-                self.close()
+                self.clear()
             self._on_link(up)
 
     def _add(self, way: Way, seed: int, p: float, fate: Callable[[random.Random], Fate]) -> None:

@@ -107,8 +107,9 @@ async def test_wget_dns_served_and_published_ports_and_a_recording(debian: Fetch
             assert b" 404 " in (await reader.read()).splitlines()[0]
             writer.close()
             assert vm.counters()["guest_errors"]["net0"] == 0
-    rows = await on_host("tshark", "-r", tmp_path / "cap", "-o", "tcp.check_checksum:TRUE", "-o",
-                         "ip.check_checksum:TRUE", "-T", "fields", "-e", "tcp.checksum.status", "-e", "ip.checksum.status", "-e", "_ws.malformed")  # fmt: skip
+    options = ["-o", "tcp.check_checksum:TRUE", "-o", "ip.check_checksum:TRUE", "-T", "fields"]
+    options += ["-e", "tcp.checksum.status", "-e", "ip.checksum.status", "-e", "_ws.malformed"]
+    rows = await on_host("tshark", "-r", tmp_path / "cap", *options)
     found_rows = [line.split("\t") for line in rows.splitlines() if line.count("\t") == 2]
     assert len(found_rows) > 12_000_000 // 65536
     assert {row[0] for row in found_rows} == {"", "1"}

@@ -222,6 +222,25 @@ async def test_a_cable_refuses_when_the_far_end_does() -> None:
     assert numbers(network.heard) == [0, 1]
 
 
+async def test_whoever_was_refused_hears_when_a_cable_is_emptied() -> None:
+    """As when a guest resets that had no room: its next card is another one."""
+    switch = Switch()
+    sender, far = switched(switch, "sender", "far")
+    cable, card, _ = cabled()
+    part(cable.network)
+    join(cable.network, switch.plug(cable))
+    card.full = True
+    for _ in range(3):
+        sender.say(b"to a guest without room")
+    part(card.end)
+    another = Owner()
+    join(another.end, cable.card)
+    cable.clear()
+    sender.say(b"and one more")
+    assert len(another.frames) == 4
+    assert len(far.frames) == 4
+
+
 async def test_loss_is_reproducible() -> None:
     def lost(seed: int) -> list[int]:
         cable, card, network = cabled()
