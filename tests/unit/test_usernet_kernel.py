@@ -85,7 +85,7 @@ async def guest(*publish: Forward, restrict: bool = False) -> AsyncIterator[Gues
             shutil.rmtree(resolver, ignore_errors=True)
             await command("ip", "netns", "del", name)
     finally:
-        cable.close()
+        cable.clear()
         tap.close()
         network.close()
 
