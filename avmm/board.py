@@ -14,6 +14,7 @@ from avmm.devices.gicv3.gic import GicState
 from avmm.devices.pl011 import Pl011, Pl011State, SerialBackend
 from avmm.devices.pl031 import Pl031, Pl031State
 from avmm.devices.virtio.transport import VIRTIO_MMIO_SIZE, EmptySlots, VirtioDevice, VirtioMmio, VirtioState
+from avmm.devices.vmgenid import VmGenId
 from avmm.errors import ConfigError, GuestError
 from avmm.fdt import Node
 from avmm.memory import GuestMemory
@@ -51,6 +52,7 @@ class Board:
         self.bus.add(machine.PL011.base, machine.PL011.size, self.uart, "PL011")
         self.rtc = Pl031(lock, self.gic.spi(machine.PL031.spi))
         self.bus.add(machine.PL031.base, machine.PL031.size, self.rtc, "PL031")
+        self.generation = VmGenId(self.gic.spi(machine.VMGENID.spi), memory, machine.VMGENID.base)
         self.virtio: list[VirtioMmio] = []
         for index, device in enumerate(virtio):
             slot = machine.virtio_slot(index)
@@ -65,7 +67,12 @@ class Board:
     def nodes(self) -> list[Node]:
         """The devices' own device-tree nodes."""
         slots = [transport.fdt_node(machine.virtio_slot(index)) for index, transport in enumerate(self.virtio)]
-        return [self.uart.fdt_node(machine.PL011), self.rtc.fdt_node(machine.PL031), *slots]
+        return [
+            self.uart.fdt_node(machine.PL011),
+            self.rtc.fdt_node(machine.PL031),
+            self.generation.fdt_node(machine.VMGENID),
+            *slots,
+        ]
 
     def coroutines(self) -> list[Coroutine[Any, Any, None]]:
         """The devices' work, to run while the machine is on."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import mmap
 import os
 import threading
 import time
@@ -39,7 +40,7 @@ from avmm.backends.share.server import Share
 from avmm.backends.vsock.host import VsockHost
 from avmm.board import Board
 from avmm.bootloader.loader import ENTROPY_SIZE, Entry, load_linux
-from avmm.bootloader.machine import RAM_BASE
+from avmm.bootloader.machine import RAM_BASE, VMGENID
 from avmm.clock import Clock, DeadlineTimers
 from avmm.config import (
     DriveLike,
@@ -63,7 +64,7 @@ from avmm.guest.shell import ShellExec
 from avmm.hypervisor import Hypervisor, open_hypervisor
 from avmm.hypervisor.base import ExitKind
 from avmm.log import log, recent
-from avmm.memory import GuestMemory, Region
+from avmm.memory import GRANULE, GuestMemory, Region
 from avmm.monitor import Monitor
 from avmm.ram import LiveRam, Ram
 from avmm.snapshot.machine import Parts, restore_machine, save_machine
@@ -175,6 +176,9 @@ class VirtualMachine(Commands):
             hypervisor.map(region)
             self._memory.on_host_write = hypervisor.host_wrote
             self._memory.on_discard = self._discard
+            page = Region(VMGENID.base, mmap.mmap(-1, GRANULE))
+            self._memory.add(page)
+            hypervisor.map(page)
             self._assemble(timers)
             entry = None
             if origin is None:
@@ -547,6 +551,7 @@ class VirtualMachine(Commands):
         """The images into memory, for a machine fresh from reset."""
         assert self._board is not None
         assert self._images is not None
+        self._board.generation.renew(tell=False)
         kernel, initrd = self._images
         return load_linux(
             self._memory,
@@ -655,7 +660,7 @@ class VirtualMachine(Commands):
         self._stopping.set()
 
     def _discard(self, region: Region, offset: int, length: int) -> None:
-        if self._ram is not None:
+        if self._ram is not None and region.buffer is self._ram.buffer:
             self._ram.discard(offset, length)
 
     def _is_ram(self, address: int) -> bool:

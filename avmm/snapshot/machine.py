@@ -45,6 +45,7 @@ async def restore_machine(parts: Parts, state: MachineState) -> None:
     parts.transcript.restore(state.console.transcript)
     parts.panic.restore(state.console.panic)
     parts.board.restore(state.board)
+    parts.board.generation.renew(tell=True)
     for vcpu in parts.vcpus:
         await vcpu.start()
     parts.clock.set_elapsed(state.elapsed)

@@ -7,13 +7,18 @@ import gc
 import os
 import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import avmm
 from avmm.bootloader import cpio
 from avmm.debian import Fetched, fetch_debian
 from avmm.errors import FetchError
+from avmm.snapshot.store import load
+from avmm.vm import Booting
 
 #: What the fetched initrd prints when its shell is about to start.
 READY = rb"avmm: Debian \S+ ready"
@@ -56,6 +61,37 @@ def with_init(debian: Fetched, tmp_path: Path) -> Callable[[str], Path]:
         return path
 
     return make
+
+
+@pytest.fixture
+def life(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """How a test's VMs came to be: ``booted``, or ``restored`` from a snapshot taken when they were ready."""
+    if request.param == "booted":
+        return
+    boot, path = avmm.boot, tmp_path_factory.mktemp("life") / "snapshot"
+
+    def restored(*args: Any, keep_output: int | None = None, **options: Any) -> Booting:
+        async def make() -> avmm.VirtualMachine:
+            async with boot(*args, keep_output=keep_output, **options) as vm:
+                await vm.console.expect(READY, timeout=120)
+                await vm.snapshot(path)
+            config, origin = load(path)
+            # The test looks for what has been shown already.
+            console = origin.state.console
+            seen = replace(console, transcript=replace(console.transcript, cursor=0))
+            origin.state = replace(origin.state, console=seen)
+            return avmm.VirtualMachine(config, origin=origin, keep_output=keep_output)
+
+        return Booting(make)
+
+    monkeypatch.setattr(avmm, "boot", restored)
+
+
+def any_life(test: Any) -> Any:
+    """Marks a test that is to pass with VMs of either life."""
+    return pytest.mark.parametrize("life", ["booted", "restored"], indirect=True)(pytest.mark.usefixtures("life")(test))
 
 
 def _held() -> dict[str, set[str]]:

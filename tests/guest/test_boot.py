@@ -11,11 +11,12 @@ import pytest
 
 import avmm
 from avmm.debian import Fetched
-from tests.guest.conftest import READY
+from tests.guest.conftest import READY, any_life
 
 pytestmark = pytest.mark.guest
 
 
+@any_life
 @pytest.mark.parametrize("cpus", [1, 4])
 @pytest.mark.parametrize("flavour", ["cloud", "generic"])
 async def test_debian_reaches_its_shell_and_powers_off(flavour: str, cpus: int, request: pytest.FixtureRequest) -> None:
@@ -30,6 +31,7 @@ async def test_debian_reaches_its_shell_and_powers_off(flavour: str, cpus: int, 
             await vm.console.expect(rb"never", timeout=60)
 
 
+@any_life
 async def test_a_pasted_megabyte_arrives_whole(debian: Fetched) -> None:
     text = b"".join(b"%07d\n" % number for number in range(131072))
     async with avmm.boot(debian.kernel, debian.initrd) as vm:
@@ -41,6 +43,7 @@ async def test_a_pasted_megabyte_arrives_whole(debian: Fetched) -> None:
         assert found[1].decode() == hashlib.md5(text).hexdigest()
 
 
+@any_life
 async def test_reset_reboots_with_memory_loaded_afresh(debian: Fetched) -> None:
     async with avmm.boot(debian.kernel, debian.initrd) as vm:
         for _ in range(2):
@@ -50,6 +53,7 @@ async def test_reset_reboots_with_memory_loaded_afresh(debian: Fetched) -> None:
         assert vm.outcome is None
 
 
+@any_life
 async def test_reset_ends_a_vm_that_does_not_reboot(debian: Fetched) -> None:
     async with avmm.boot(debian.kernel, debian.initrd, reboot=False) as vm:
         await vm.console.expect(READY, timeout=120)
@@ -67,6 +71,7 @@ async def test_a_panic_wakes_whoever_waits(debian: Fetched, timeout: str) -> Non
         assert isinstance(outcome.error, avmm.GuestPanic)
 
 
+@any_life
 async def test_several_machines_in_one_process(debian: Fetched) -> None:
     async with avmm.boot(debian.kernel, debian.initrd) as one, avmm.boot(debian.kernel, debian.initrd) as two:
         for number, vm in enumerate((one, two)):
@@ -76,6 +81,7 @@ async def test_several_machines_in_one_process(debian: Fetched) -> None:
         assert await two.console.expect(rb"\n41\r", timeout=60)
 
 
+@any_life
 async def test_pause_stops_the_guest_and_resume_goes_on(debian: Fetched) -> None:
     async with avmm.boot(debian.kernel, debian.initrd, cpus=2) as vm:
         await vm.console.expect(READY, timeout=120)

@@ -19,7 +19,7 @@ import pytest
 import avmm
 from avmm.debian import Fetched
 from tests.guest import rootfs
-from tests.guest.conftest import READY
+from tests.guest.conftest import READY, any_life
 
 pytestmark = pytest.mark.guest
 
@@ -94,6 +94,7 @@ async def test_qcow2_over_a_backing_file(debian: Fetched, tmp_path: Path) -> Non
     assert hashlib.md5((tmp_path / "out").read_bytes()).hexdigest() == found[1]
 
 
+@any_life
 async def test_read_only_snapshot_and_errors(debian: Fetched, tmp_path: Path) -> None:
     files = [tmp_path / name for name in ("ro.img", "snapshot.img", "faulty.img")]
     for file in files:
@@ -117,6 +118,7 @@ async def test_read_only_snapshot_and_errors(debian: Fetched, tmp_path: Path) ->
         assert file.read_bytes() == b"original" * 131072
 
 
+@any_life
 async def test_disks_survive_a_reboot_and_a_pause_in_mid_flight(debian: Fetched, tmp_path: Path) -> None:
     disk = sparse(tmp_path / "disk.img", 16 << 20)
     async with avmm.boot(debian.kernel, debian.initrd, drives=[disk]) as vm:
@@ -177,6 +179,7 @@ sleep 1000
         assert content[number * 131072 :][:131072] == wanted
 
 
+@any_life
 async def test_console_ports(debian: Fetched) -> None:
     async with avmm.boot(debian.kernel, debian.initrd, ports=["hvc0", "agent"]) as vm:
         await vm.console.expect(READY, timeout=120)
@@ -211,6 +214,7 @@ async def test_console_ports(debian: Fetched) -> None:
     assert await agent.read(1) == b""
 
 
+@any_life
 async def test_the_guest_has_entropy(debian: Fetched) -> None:
     async with avmm.boot(debian.kernel, debian.initrd) as vm:
         await vm.console.expect(READY, timeout=120)

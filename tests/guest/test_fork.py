@@ -10,7 +10,7 @@ import pytest
 
 import avmm
 from avmm.debian import Fetched
-from tests.guest.conftest import READY
+from tests.guest.conftest import READY, fetch_or_skip
 
 pytestmark = pytest.mark.guest
 
@@ -155,3 +155,15 @@ async def test_disks_of_twins_are_their_own(debian: Fetched, tmp_path: Path) -> 
     assert content.startswith(b"before\n")
     assert content[4096:].startswith(b"parent\n")
     assert content[8192:].startswith(b"original")
+
+
+async def test_a_twin_has_random_numbers_of_its_own() -> None:
+    guest = fetch_or_skip("cloud", "trixie")  # Linux 6.10 and later look at the VM's generation
+    async with avmm.boot(guest.kernel, guest.initrd) as vm:
+        await prompt(vm)
+        said = []
+        for _ in range(2):
+            async with vm.fork() as twin:
+                said.append(await answer(twin, "head -c 16 /dev/urandom | md5sum"))
+                await answer(twin, "until dmesg | grep 'crng reseeded due to virtual machine fork'; do sleep 0.1; done")
+        assert said[0] != said[1]
