@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,12 @@ from avmm.devices.virtio.transport import VIRTIO_MMIO_SIZE, EmptySlots, VirtioDe
 from avmm.devices.vmgenid import VmGenId
 from avmm.errors import ConfigError, GuestError
 from avmm.fdt import Node
-from avmm.memory import GuestMemory
+from avmm.memory import GRANULE, GuestMemory, Region
+
+
+def id_page() -> Region:
+    """The memory that the VM generation ID lies in: RAM in no memory node."""
+    return Region(machine.VMGENID.base, mmap.mmap(-1, GRANULE))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import mmap
 import os
 import threading
 import time
@@ -38,9 +37,9 @@ from avmm.backends.port import Port
 from avmm.backends.serial import SerialLine
 from avmm.backends.share.server import Share
 from avmm.backends.vsock.host import VsockHost
-from avmm.board import Board
+from avmm.board import Board, id_page
 from avmm.bootloader.loader import ENTROPY_SIZE, Entry, load_linux
-from avmm.bootloader.machine import RAM_BASE, VMGENID
+from avmm.bootloader.machine import RAM_BASE
 from avmm.clock import Clock, DeadlineTimers
 from avmm.config import (
     DriveLike,
@@ -64,7 +63,7 @@ from avmm.guest.shell import ShellExec
 from avmm.hypervisor import Hypervisor, open_hypervisor
 from avmm.hypervisor.base import ExitKind
 from avmm.log import log, recent
-from avmm.memory import GRANULE, GuestMemory, Region
+from avmm.memory import GuestMemory, Region
 from avmm.monitor import Monitor
 from avmm.ram import LiveRam, Ram
 from avmm.snapshot.machine import Parts, restore_machine, save_machine
@@ -171,14 +170,11 @@ class VirtualMachine(Commands):
             await asyncio.to_thread(open_all, attachments)
             self._attachments = attachments
             self._ram = Ram(config.memory, None if origin is None else origin.image)
-            region = Region(RAM_BASE, self._ram.buffer)
-            self._memory.add(region)
-            hypervisor.map(region)
+            for region in (Region(RAM_BASE, self._ram.buffer), id_page()):
+                self._memory.add(region)
+                hypervisor.map(region)
             self._memory.on_host_write = hypervisor.host_wrote
             self._memory.on_discard = self._discard
-            page = Region(VMGENID.base, mmap.mmap(-1, GRANULE))
-            self._memory.add(page)
-            hypervisor.map(page)
             self._assemble(timers)
             entry = None
             if origin is None:
