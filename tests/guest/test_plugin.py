@@ -113,7 +113,7 @@ async def test_dies(vm):
     assert "name='waiter'" in (bundle / "tasks.txt").read_text()
     devices = json.loads((bundle / "devices.json").read_text())
     assert {"agent", "rng"} <= {device["name"] for device in devices["devices"]}
-    resume = [sys.executable, "-m", "avmm.cli", "restore", str(bundle / "vm.snapshot"), "--timeout", "60"]
+    resume = [sys.executable, "-m", "avmm.cli", "resume", str(bundle), "--timeout", "60"]
     done = subprocess.run(resume, input=b"echo it is $((40 + 2)); poweroff -f\n", capture_output=True, timeout=100)
     assert b"it is 42" in done.stdout, done.stderr
     dead = tmp_path / "kept" / "test_it.py-test_dies"

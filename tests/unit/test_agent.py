@@ -11,6 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 from avmm.backends.port import Port
 from avmm.config import VmConfig
-from avmm.errors import ConfigError, GuestError, GuestGone, WaitTimeout
+from avmm.errors import ConfigError, GuestError, GuestGone, HostError, WaitTimeout
 from avmm.guest import protocol, tree
 from avmm.guest.agent import Agent, image
 from avmm.guest.exec import AgentExec, CommandFailed, Commands, Completed, Exec
@@ -350,6 +351,23 @@ HOSTILE_TREES = {
     "a long link": TOP + _entry(b"l", b"a", b"x" * 4096),
     "more": TOP + tree._ENTRY.pack(b"e"[0], 0, 0, 0) + b"more",
 }
+
+
+@given(st.binary(max_size=200), st.integers(0, 400), st.integers(1, 64))
+@settings(max_examples=200, deadline=None)
+def test_a_garbled_tree_ends_in_an_error_or_stays_inside(garbage: bytes, at: int, step: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder, "home")
+        home.mkdir()
+        whole = TOP + _entry(b"f", b"a", b"content") + _entry(b"d", b"b") + _entry(b"l", b"b/c", b"../../x")
+        unpacker = tree.Unpacker(home / "target")
+        stream = whole[:at] + garbage + whole[at:]
+        with contextlib.suppress(GuestError, HostError):
+            for start in range(0, len(stream), step):
+                unpacker.feed(stream[start : start + step])
+        unpacker.close()
+        assert os.listdir(folder) == ["home"]
+        assert set(os.listdir(home)) <= {"target"}
 
 
 @pytest.mark.parametrize("what", HOSTILE_TREES)

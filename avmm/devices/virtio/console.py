@@ -28,6 +28,8 @@ _SIZE: Final = struct.Struct("<HH")
 
 #: Bytes taken from a buffer of the guest, or asked of the host, at once.
 _PIECE: Final = 1 << 16
+#: Buffers of the guest filled before it is told, at most.
+_BATCH: Final = 16
 
 
 class PortBackend(Protocol):
@@ -99,12 +101,20 @@ class Console(VirtioDevice):
     async def _input(self, port: int, queue: Queue) -> None:
         while True:
             await self._opened[port].wait()
-            data = await self._ports[port].input(_PIECE)
+            data = memoryview(await self._ports[port].input(_PIECE))
             while data:
-                chain = await queue.get()
-                written = chain.write(data)
-                queue.push(chain, written)
-                data = data[written:]
+                # Linux gives buffers of a page: as many as are there go back at once.
+                chain: Chain | None = await queue.get()
+                done: list[tuple[Chain, int]] = []
+                while chain is not None:
+                    if done and chain.queue is not done[0][0].queue:  # reset meanwhile
+                        queue.push_all(done)
+                        done = []
+                    written = chain.write(data)
+                    data = data[written:]
+                    done.append((chain, written))
+                    chain = queue.get_nowait() if data and len(done) < _BATCH else None
+                queue.push_all(done)
 
     async def _output(self, port: int, queue: Queue) -> None:
         async for chain in queue:
