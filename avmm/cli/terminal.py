@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import stat
 import sys
@@ -106,6 +107,8 @@ async def read_input(fd: int, limit: int = 65536) -> AsyncIterator[bytes]:
         while True:
             await ready.wait()
             ready.clear()
+            if not select.select([fd], [], [], 0)[0]:
+                continue  # the stock loop may tell once more of what has been read already
             try:
                 data = os.read(fd, limit)
             except BlockingIOError:

@@ -297,9 +297,14 @@ async def _after_failure(vm: VirtualMachine, item: pytest.Item) -> None:
         from avmm.testing.attach import attach
 
         capture = config.pluginmanager.getplugin("capturemanager")
-        with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+        if capture is not None:
+            capture.suspend(in_=True)
+        try:
             print(f"\n{item.nodeid} has failed; this is its VM's console", file=sys.stderr)
             await attach(vm)
+        finally:
+            if capture is not None:
+                capture.resume()
 
 
 # The fixtures.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -152,3 +154,28 @@ async def test_it(vm):
     )  # fmt: skip
     assert "HELD True" in done.stdout, done.stdout
     assert "1 passed" in done.stdout
+
+
+def test_attach_gives_a_console_at_the_failing_moment(debian: Fetched, tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "async def test_it(vm):\n    await vm.check('touch', '/here')\n    assert False\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nasyncio_mode = auto\n")
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(tmp_path)
+        argv = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "--avmm-attach"]
+        os.execv(sys.executable, [*argv, "--avmm-artifacts", ""])
+    seen = b""
+    try:
+        for text, answer in ((b"~ # ", b"ls -d /her*; echo $((40 + 2))\r"), (b"/here\r", b""), (b"42\r", b"\x01x")):
+            while text not in seen:
+                assert select.select([terminal], [], [], 120)[0], seen
+                seen += os.read(terminal, 4096)
+            os.write(terminal, answer)
+        while b"1 failed" not in seen:
+            assert select.select([terminal], [], [], 60)[0], seen
+            seen += os.read(terminal, 4096)
+    finally:
+        os.close(terminal)
+        os.waitpid(child, 0)
