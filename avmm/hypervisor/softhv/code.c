@@ -90,7 +90,7 @@ void code_flush(struct vcpu *c) {
     code->used = 0;
     jit_flush(c);
     tlb_drop_code(c);
-    c->counters.flushes++;
+    counter_add(&c->counters.flushes, 1);
 }
 
 bool code_full(const struct vcpu *c) { return c->cache->used > ARENA_SIZE - 2 * (BLOCK_BYTES + 2 * 64); }
@@ -125,7 +125,7 @@ struct block *code_block(struct vcpu *c, uint64_t pa, const uint8_t *host) {
     struct block **bucket = &code->bucket[bucket_of(pa)];
     block->bucket = *bucket;
     *bucket = block;
-    c->counters.blocks++;
+    counter_add(&c->counters.blocks, 1);
     return block;
 }
 
@@ -167,7 +167,7 @@ static void drop_page(struct vcpu *c, struct code_page *page) {
         block->cold = 0;
     }
     page->blocks = NULL;
-    c->counters.invalidations++;
+    counter_add(&c->counters.invalidations, 1);
 }
 
 void code_invalidate(struct vcpu *c, uint64_t pa, uint64_t size) {

@@ -112,7 +112,7 @@ void decode_block(struct block *block, uint64_t pa, const uint8_t *host) {
     bool more;
     do {
         uint32_t insn;
-        memcpy(&insn, host + 4 * count, 4);
+        guest_copy(&insn, host + 4 * count, 4);
         more = decode(&block->uops[count], insn, (uint8_t)(4 * count));
         count++;
     } while (more && count < room);
@@ -130,7 +130,7 @@ void decode_trace(struct block *trace, uint64_t pa, const uint8_t *page, uint16_
     while (more && count < BLOCK_MAX && here < PAGE_SIZE && !(been[here / 256] >> (here / 4 % 64) & 1)) {
         struct uop *u = &trace->uops[count];
         uint32_t insn;
-        memcpy(&insn, page + here, 4);
+        guest_copy(&insn, page + here, 4);
         more = decode(u, insn, (uint8_t)(4 * count));
         if (u->row == UINT16_MAX)
             break;

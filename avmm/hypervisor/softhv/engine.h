@@ -104,7 +104,7 @@ struct uop {
  *
  * Sanitizers and -O0 make no sibling calls: there a block returns to the dispatcher, which bounds the depth.
  */
-#if defined(__OPTIMIZE__) && !defined(__SANITIZE_ADDRESS__)
+#if defined(__OPTIMIZE__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define LEAVE_BLOCK(c) next_block(c)
 #else
 #define LEAVE_BLOCK(c) NULL
@@ -353,7 +353,21 @@ static inline bool leave_for(struct vcpu *c, const struct uop *u, uint64_t targe
 /* Look at interrupts, time and requests before the next block. */
 static inline void force_poll(struct vcpu *c) { c->slice -= c->budget; c->budget = 0; }
 
+/* Counters are written by the vCPU's own thread and read by any: each is one word, whole. */
+static inline void counter_set(uint64_t *counter, uint64_t value) { __atomic_store_n(counter, value, __ATOMIC_RELAXED); }
+static inline void counter_add(uint64_t *counter, uint64_t value) { counter_set(counter, *counter + value); }
+
 /* ---- Memory accesses of guest instructions ---------------------------------------------------------------------- */
+
+/*
+ * memcpy() from or to guest memory, which vCPUs and devices write and read as the guest pleases: its races are the
+ * guest's own, so ThreadSanitizer is not to see them. All else in the engine it does see.
+ */
+#ifdef __SANITIZE_THREAD__
+void guest_copy(void *to, const void *from, size_t size); /* mmu.c */
+#else
+#define guest_copy memcpy
+#endif
 
 /*
  * mem_read/mem_write: `size` bytes (1, 2, 4, 8, 16) at `va` with the permissions of bank `idx`, little endian,
@@ -381,7 +395,7 @@ uint64_t untag(const struct vcpu *c, uint64_t va);
 
 static inline bool mem_read(struct vcpu *c, const struct uop *u, uint64_t va, unsigned size, unsigned idx, void *out) {
     MEM_FAST(read, va, size) {
-        memcpy(out, (void *)(uintptr_t)(va + e->addend), size);
+        guest_copy(out, (void *)(uintptr_t)(va + e->addend), size);
         return true;
     }
     return mem_read_slow(c, u, va, size, idx, out);
@@ -389,7 +403,7 @@ static inline bool mem_read(struct vcpu *c, const struct uop *u, uint64_t va, un
 static inline bool mem_write(struct vcpu *c, const struct uop *u, uint64_t va, unsigned size, unsigned idx,
                              const void *in) {
     MEM_FAST(write, va, size) {
-        memcpy((void *)(uintptr_t)(va + e->addend), in, size);
+        guest_copy((void *)(uintptr_t)(va + e->addend), in, size);
         return true;
     }
     return mem_write_slow(c, u, va, size, idx, in);
@@ -564,14 +578,14 @@ struct vm {
     struct ram ram[RAM_MAX];
     uint32_t ram_count;
     struct vcpu *vcpus[VCPU_MAX];
-    uint32_t vcpu_count;
+    _Atomic uint32_t vcpu_count; /* changes under the lock */
     int32_t jit_threshold; /* softhv_vm_set_jit(); for the vCPUs to come */
     size_t jit_limit;
     uint64_t map_gen;      /* counts what makes vCPUs drop cached pointers to RAM */
     _Atomic uint64_t marked[CODE_MARKS / 64]; /* pages that may have blocks */
     _Atomic uint64_t exclusive[EXCLUSIVE_SLOTS]; /* by address: exec_atomic.c */
     uint32_t ipa_bits;
-    bool created;
+    _Atomic bool created;
     struct faults *faults; /* NULL: it behaves */
 };
 /* The RAM region that holds ipa, or NULL. Only by a vCPU inside the guest, or under the lock. */

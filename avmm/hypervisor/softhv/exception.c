@@ -72,7 +72,7 @@ static void take(struct vcpu *c, uint64_t return_address, unsigned vector) {
         c->pan = 1;
     pstate_changed(c);
     c->pc = c->sys.vbar + from + vector;
-    c->counters.exceptions++;
+    counter_add(&c->counters.exceptions, 1);
     c->budget--; /* or a vector that faults at once would never look at the time */
 }
 
@@ -83,7 +83,7 @@ static bool take_sync(struct vcpu *c, uint64_t return_address, unsigned ec, uint
 }
 
 void exc_interrupt(struct vcpu *c, bool fiq) {
-    c->counters.interrupts++;
+    counter_add(&c->counters.interrupts, 1);
     take(c, c->pc, fiq ? VECTOR_FIQ : VECTOR_IRQ);
 }
 
@@ -96,8 +96,8 @@ static bool take_from(struct vcpu *c, const struct uop *u, unsigned ec, uint32_t
 bool exc_undef(struct vcpu *c, const struct uop *u) { return take_from(c, u, EC_UNKNOWN, 0); }
 
 bool exc_unimplemented(struct vcpu *c, const struct uop *u) {
-    c->counters.undefined++;
-    c->counters.undefined_insn = u->insn;
+    counter_add(&c->counters.undefined, 1);
+    __atomic_store_n(&c->counters.undefined_insn, u->insn, __ATOMIC_RELAXED);
     return exc_undef(c, u);
 }
 

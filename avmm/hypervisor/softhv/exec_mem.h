@@ -54,7 +54,7 @@ static inline bool sp_checked(const struct vcpu *c) { return c->sys.sctlr >> (c-
 INLINE bool read_at(struct vcpu *c, const struct uop *u, uint64_t va, unsigned size,
                                                           unsigned idx, void *out, const bool fast) {
     MEM_FAST(read, va, size) {
-        memcpy(out, (const void *)(uintptr_t)(va + e->addend), size);
+        guest_copy(out, (const void *)(uintptr_t)(va + e->addend), size);
         return true;
     }
     return fast ? false : mem_read_slow(c, u, va, size, idx, out);
@@ -62,7 +62,7 @@ INLINE bool read_at(struct vcpu *c, const struct uop *u, uint64_t va, unsigned s
 INLINE bool write_at(struct vcpu *c, const struct uop *u, uint64_t va, unsigned size,
                                                            unsigned idx, const void *in, const bool fast) {
     MEM_FAST(write, va, size) {
-        memcpy((void *)(uintptr_t)(va + e->addend), in, size);
+        guest_copy((void *)(uintptr_t)(va + e->addend), in, size);
         return true;
     }
     return fast ? false : mem_write_slow(c, u, va, size, idx, in);
@@ -90,7 +90,7 @@ INLINE bool span_read(struct vcpu *c, const struct uop *u, uint64_t va, unsigned
                                                             unsigned total, void *out, const bool fast) {
     unsigned idx = c->mmu_idx;
     MEM_FAST(read, va, total) {
-        memcpy(out, (const void *)(uintptr_t)(va + e->addend), total);
+        guest_copy(out, (const void *)(uintptr_t)(va + e->addend), total);
         return true;
     }
     return fast ? false : span_read_slow(c, u, va, size, total, out);
@@ -99,7 +99,7 @@ INLINE bool span_write(struct vcpu *c, const struct uop *u, uint64_t va, unsigne
                                                              unsigned total, const void *in, const bool fast) {
     unsigned idx = c->mmu_idx;
     MEM_FAST(write, va, total) {
-        memcpy((void *)(uintptr_t)(va + e->addend), in, total);
+        guest_copy((void *)(uintptr_t)(va + e->addend), in, total);
         return true;
     }
     return fast ? false : span_write_slow(c, u, va, size, total, in);

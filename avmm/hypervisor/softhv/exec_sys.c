@@ -96,7 +96,7 @@ OP(yield) {
     if (atomic_load_explicit(&c->poll, memory_order_relaxed) & POLL_TURN) {
         c->turn_start = 0;
         force_poll(c);
-    } else if (c->vm->vcpu_count > 1 && !(c->yields++ % 64)) {
+    } else if (atomic_load_explicit(&c->vm->vcpu_count, memory_order_relaxed) > 1 && !(c->yields++ % 64)) {
         sched_yield(); /* which may take long where the host is busy: not each time */
     } else {
         cpu_relax();
@@ -242,12 +242,13 @@ static bool el0_denied(struct vcpu *c, const struct uop *u, uint64_t allowed) {
 }
 
 OP(dc_zva) {
+    static const uint8_t zeros[ZVA_SIZE];
     if (el0_denied(c, u, SCTLR_DZE))
         return false;
     void *line = mem_ptr(c, u, c->x[u->rn] & ~(uint64_t)(ZVA_SIZE - 1), ZVA_SIZE, c->mmu_idx, true, NULL);
     if (!line)
         return false;
-    memset(line, 0, ZVA_SIZE);
+    guest_copy(line, zeros, ZVA_SIZE);
     return true;
 }
 

@@ -52,7 +52,8 @@ hv_return_t softhv_vm_fault_counts(softhv_vm_t *opaque, softhv_fault_counts_t *c
     struct vm *vm = (struct vm *)opaque;
     if (!vm || !counts || !vm->faults)
         return HV_BAD_ARGUMENT;
-    *counts = vm->faults->counts;
+    for (size_t i = 0; i < sizeof *counts / 8; i++)
+        ((uint64_t *)counts)[i] = __atomic_load_n((const uint64_t *)&vm->faults->counts + i, __ATOMIC_RELAXED);
     return HV_SUCCESS;
 }
 

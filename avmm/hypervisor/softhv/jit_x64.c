@@ -619,9 +619,9 @@ const void *jit_compile(struct vcpu *c, const struct block *block) {
 
     jit->used = (size_t)(e->p - jit->write);
     jit->cold_used = (size_t)(e->cold - jit->write);
-    c->counters.compiled++;
-    c->counters.compiled_bytes += (uint64_t)(e->p - code) + (uint64_t)(e->cold - cold);
-    c->counters.compile_ns += host_ns() - start;
+    counter_add(&c->counters.compiled, 1);
+    counter_add(&c->counters.compiled_bytes, (uint64_t)(e->p - code) + (uint64_t)(e->cold - cold));
+    counter_add(&c->counters.compile_ns, host_ns() - start);
     return jit->exec + (code - jit->write);
 }
 
@@ -652,7 +652,7 @@ void jit_link(struct vcpu *c, const void *code) {
     } else {
         return;
     }
-    c->counters.links++;
+    counter_add(&c->counters.links, 1);
     jit_unlink(c);
 }
 

@@ -137,7 +137,7 @@ static void note_cached(struct vcpu *c, uint64_t va, const struct translation *t
     c->cached[half] = true;
     if (!t->global)
         c->nonglobal[half] = true;
-    c->counters.tlb_misses++;
+    counter_add(&c->counters.tlb_misses, 1);
 }
 
 /* Whatever tag the VA has. */
@@ -245,7 +245,7 @@ void tlb_flush_half(struct vcpu *c, unsigned half) {
         places_clear(&c->code[half]);
     }
     c->cached[half] = c->nonglobal[half] = false;
-    c->counters.tlb_flushes++;
+    counter_add(&c->counters.tlb_flushes, 1);
 }
 
 void tlb_drop_code(struct vcpu *c) {
@@ -268,7 +268,7 @@ void tlb_flush_all(struct vcpu *c) {
         places_clear(&c->large_data[half]);
         places_clear(&c->code[half]);
     }
-    c->counters.tlb_flushes++;
+    counter_add(&c->counters.tlb_flushes, 1);
 }
 
 /* Nothing of another address space is ever cached, so that one flush serves a new ASID and TLBI ASIDE1 alike. */
@@ -432,13 +432,26 @@ static bool resolve_span(struct vcpu *c, const struct uop *u, uint64_t va, unsig
     return span->low;
 }
 
+#ifdef __SANITIZE_THREAD__
+__attribute__((noinline, no_sanitize("thread"))) void guest_copy(void *to, const void *from, size_t size) {
+    if (size == 8 && !(((uintptr_t)to | (uintptr_t)from) & 7)) {
+        *(volatile uint64_t *)to = *(const volatile uint64_t *)from;
+    } else if (size == 4 && !(((uintptr_t)to | (uintptr_t)from) & 3)) {
+        *(volatile uint32_t *)to = *(const volatile uint32_t *)from;
+    } else { /* not memcpy(): that would be the sanitizer's */
+        for (size_t i = 0; i < size; i++)
+            ((volatile uint8_t *)to)[i] = ((const volatile uint8_t *)from)[i];
+    }
+}
+#endif
+
 bool mem_read_slow(struct vcpu *c, const struct uop *u, uint64_t va, unsigned size, unsigned idx, void *out) {
     struct span span;
     if (!resolve_span(c, u, va, size, idx, false, &span))
         return false;
-    memcpy(out, span.low, span.split);
+    guest_copy(out, span.low, span.split);
     if (span.high)
-        memcpy((uint8_t *)out + span.split, span.high, size - span.split);
+        guest_copy((uint8_t *)out + span.split, span.high, size - span.split);
     return true;
 }
 
@@ -446,9 +459,9 @@ bool mem_write_slow(struct vcpu *c, const struct uop *u, uint64_t va, unsigned s
     struct span span;
     if (!resolve_span(c, u, va, size, idx, true, &span))
         return false;
-    memcpy(span.low, in, span.split);
+    guest_copy(span.low, in, span.split);
     if (span.high)
-        memcpy(span.high, (const uint8_t *)in + span.split, size - span.split);
+        guest_copy(span.high, (const uint8_t *)in + span.split, size - span.split);
     return true;
 }
 

@@ -251,7 +251,7 @@ static void run(struct vcpu *c) {
                 break;
         }
         struct jump_entry *jump = find_block(c);
-        c->counters.block_runs++;
+        counter_add(&c->counters.block_runs, 1);
         if (jump && jump->block->cold <= 0 && run_compiled(c, jump))
             continue;
         jit_unlink(c);
@@ -282,5 +282,5 @@ void vcpu_run(struct vcpu *c) {
     if (c->exit.reason == HV_EXIT_REASON_CANCELED && !(unlikely(faulty) && fault_kicked_twice(c)))
         atomic_fetch_and(&c->poll, ~(uint32_t)POLL_EXIT);
     c->irq_line = c->fiq_line = false;
-    c->counters.instructions = c->icount;
+    counter_set(&c->counters.instructions, c->icount);
 }

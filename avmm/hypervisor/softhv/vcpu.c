@@ -293,8 +293,12 @@ hv_return_t softhv_vcpu_counters(hv_vcpu_t vcpu, softhv_counters_t *counters) {
         return HV_BAD_ARGUMENT;
     pthread_mutex_lock(&handles_lock);
     struct vcpu *c = find(vcpu);
-    if (c)
-        *counters = c->counters;
+    if (c) {
+        *counters = (softhv_counters_t){0};
+        for (size_t i = 0; i < offsetof(softhv_counters_t, undefined_insn) / 8; i++)
+            ((uint64_t *)counters)[i] = __atomic_load_n((const uint64_t *)&c->counters + i, __ATOMIC_RELAXED);
+        counters->undefined_insn = __atomic_load_n(&c->counters.undefined_insn, __ATOMIC_RELAXED);
+    }
     pthread_mutex_unlock(&handles_lock);
     return c ? HV_SUCCESS : HV_BAD_ARGUMENT;
 }
