@@ -12,7 +12,7 @@ from avmm.bootloader import machine
 from avmm.bus import Bus
 from avmm.devices.gicv3 import Gicv3
 from avmm.devices.gicv3.gic import GicState
-from avmm.devices.pl011 import Pl011, Pl011State, SerialBackend
+from avmm.devices.pl011 import Batch, Pl011, Pl011State, SerialBackend
 from avmm.devices.pl031 import Pl031, Pl031State
 from avmm.devices.virtio.transport import VIRTIO_MMIO_SIZE, EmptySlots, VirtioDevice, VirtioMmio, VirtioState
 from avmm.devices.vmgenid import VmGenId
@@ -39,7 +39,8 @@ class BoardState:
 class Board:
     """Devices fresh from reset, on a bus, under ``lock`` (the VM's). A machine that resets gets a new one.
 
-    ``virtio`` are the devices in the virtio slots from the first on, their queues in ``memory``.
+    ``virtio`` are the devices in the virtio slots from the first on, their queues in ``memory``;
+    ``batch`` takes the UART's output, see :class:`Pl011`.
     """
 
     def __init__(
@@ -49,12 +50,13 @@ class Board:
         serial: SerialBackend,
         memory: GuestMemory,
         virtio: Sequence[VirtioDevice],
+        batch: Batch | None = None,
     ) -> None:
         self.bus = Bus()
         self.gic = Gicv3(lock, cpus)
         self.bus.add(machine.GICD_BASE, machine.GICD_SIZE, self.gic.distributor, "GICv3 distributor")
         self.bus.add(machine.GICR_BASE, self.gic.redistributors_size, self.gic.redistributors, "GICv3 redistributors")
-        self.uart = Pl011(lock, self.gic.spi(machine.PL011.spi), serial)
+        self.uart = Pl011(lock, self.gic.spi(machine.PL011.spi), serial, batch)
         self.bus.add(machine.PL011.base, machine.PL011.size, self.uart, "PL011")
         self.rtc = Pl031(lock, self.gic.spi(machine.PL031.spi))
         self.bus.add(machine.PL031.base, machine.PL031.size, self.rtc, "PL031")
@@ -122,5 +124,6 @@ class Board:
 
     def close(self) -> None:
         """Let go of guest memory: when the coroutines have ended."""
+        self.uart.collect()
         for transport in self.virtio:
             transport.close()

@@ -39,7 +39,7 @@ from avmm.backends.share.server import Share
 from avmm.backends.vsock.host import VsockHost
 from avmm.board import Board, id_page
 from avmm.bootloader.loader import ENTROPY_SIZE, Entry, load_linux
-from avmm.bootloader.machine import RAM_BASE
+from avmm.bootloader.machine import PL011, RAM_BASE
 from avmm.clock import Clock, DeadlineTimers
 from avmm.config import (
     DriveLike,
@@ -61,7 +61,7 @@ from avmm.guest.panic import PanicWatch
 from avmm.guest.screen import Screen
 from avmm.guest.shell import ShellExec
 from avmm.hypervisor import Hypervisor, open_hypervisor
-from avmm.hypervisor.base import ExitKind
+from avmm.hypervisor.base import ExitKind, UartBatch
 from avmm.log import log, recent
 from avmm.memory import GuestMemory, Region
 from avmm.monitor import Monitor
@@ -128,6 +128,7 @@ class VirtualMachine(Commands):
         self._running.set()
         self._attachments: list[Attachment] = []
         self._hypervisor: Hypervisor | None = None
+        self._batch: UartBatch | None = None
         self._board: Board | None = None
         self._psci: Psci | None = None
         self._vcpus: list[VcpuLoop] = []
@@ -166,6 +167,8 @@ class VirtualMachine(Commands):
         try:
             hypervisor = self._hypervisor = open_hypervisor(config.engine, config.faults)
             check_capabilities(config, hypervisor)
+            if self._trace is None:  # which shows each exit
+                self._batch = hypervisor.batch_uart(PL011.base)
             attachments = attachments_of(config) if origin is None else origin.attachments
             await asyncio.to_thread(open_all, attachments)
             self._attachments = attachments
@@ -441,7 +444,8 @@ class VirtualMachine(Commands):
             self._board.uart.tx_blocked = hold
 
     def counters(self) -> dict[str, Any]:
-        """Plain numbers: ``exits`` by kind over all vCPUs, injected ``faults``, ``vcpus``: a dictionary each, and
+        """Plain numbers: ``exits`` by kind over all vCPUs, ``uart_batched``: accesses of the UART that needed none,
+        injected ``faults``, ``vcpus``: a dictionary each, and
         ``guest_errors``: how often since its last reset the guest broke a virtio device's rules, by device."""
         exits = list(self._past_exits)
         for vcpu in self._vcpus:
@@ -449,6 +453,7 @@ class VirtualMachine(Commands):
                 exits[kind] += count
         return {
             "exits": {kind.name.lower(): exits[kind] for kind in ExitKind},
+            "uart_batched": 0 if self._batch is None else self._batch.served(),
             "vcpus": [vcpu.snapshot_counters() for vcpu in self._vcpus],
             "guest_errors": {
                 slot.device.name: slot.guest_errors for slot in (self._board.virtio if self._board else [])
@@ -517,7 +522,8 @@ class VirtualMachine(Commands):
         if self._board is not None:
             self._board.close()
         devices = [each.device() for each in self._attachments]
-        board = self._board = Board(self._lock, cpus, self._line, self._memory, devices)
+        board = self._board = Board(self._lock, cpus, self._line, self._memory, devices, self._batch)
+        self._line.collect = board.uart.collect
         self._psci = Psci(self._is_ram)
         for kind in ExitKind:
             self._past_exits[kind] += sum(vcpu.counters.exits[kind] for vcpu in self._vcpus)
@@ -612,7 +618,7 @@ class VirtualMachine(Commands):
                 with self._lock:
                     psci.power_on(0, entry.pc, entry.x0)
             self._mark("first instruction")
-            runs = [tasks.create_task(_report(vcpu)) for vcpu in self._vcpus]
+            runs = [tasks.create_task(vcpu.report()) for vcpu in self._vcpus]
             stopping = tasks.create_task(self._stopping.wait())
             done, _ = await asyncio.wait((*runs, stopping), return_when=asyncio.FIRST_COMPLETED)
             ended = [task.result() for task in runs if task in done]
@@ -782,14 +788,6 @@ def restore(
         return VirtualMachine(config, origin=origin, keep_output=keep_output, monitor=monitor, trace=trace)
 
     return Booting(make)
-
-
-async def _report(vcpu: VcpuLoop) -> VcpuOutcome:
-    """Run ``vcpu``; what goes wrong on the host's side is an outcome too, not the end of the task group."""
-    try:
-        return await vcpu.run()
-    except AvmmError as error:
-        return VcpuOutcome(Event.FAULT, vcpu.index, error)
 
 
 def _why_gone(outcome: Outcome) -> GuestError:

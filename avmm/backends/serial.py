@@ -24,6 +24,8 @@ class SerialLine:
     def __init__(self, deliver: Callable[[bytes], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._deliver = deliver
+        #: Called before each delivery, on the loop: whoever has output that was not written yet writes it now.
+        self.collect: Callable[[], None] = lambda: None
         self._output: deque[bytes] = deque()  # appends and pops are atomic: both threads touch it
         self._gathering = False
         self._typed = bytearray()
@@ -76,7 +78,8 @@ class SerialLine:
 
     def flush(self) -> None:
         """Deliver what has gathered."""
-        self._gathering = False  # before the pops: what is appended after them asks for another flush
+        self._gathering = False  # before the rest: what is appended after the pops asks for another flush
+        self.collect()
         pieces = []
         while self._output:
             pieces.append(self._output.popleft())

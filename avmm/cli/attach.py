@@ -124,9 +124,12 @@ def _print_timing(vm: VirtualMachine) -> None:
     began = _process_start()
     for name, moment in vm.timeline.items():
         say(f"{moment - began:9.3f} s  {name}")
-    for kind, count in sorted(vm.counters()["exits"].items(), key=lambda item: -item[1]):
+    counters = vm.counters()
+    for kind, count in sorted(counters["exits"].items(), key=lambda item: -item[1]):
         if count:
             say(f"{count:9d}    {kind} exits")
+    if counters["uart_batched"]:
+        say(f"{counters['uart_batched']:9d}    UART accesses without an exit")
 
 
 def _process_start() -> float:

@@ -95,6 +95,18 @@ class SerialBackend(Protocol):
         ...
 
 
+class Batch(Protocol):
+    """Takes the guest's output in our place while it is open, and shows it the flags: no exits."""
+
+    def open(self, flags: int) -> None:
+        """From now on, FR reads as ``flags``."""
+        ...
+
+    def close(self) -> bytes:
+        """No longer; the output it has taken."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Pl011State:
     """The register file and the receive FIFO (characters with their error bits, as DR shows them)."""
@@ -110,13 +122,16 @@ class Pl011:
     """A PL011 whose interrupt output is ``irq``; a bus device with a window of :data:`PL011_SIZE` bytes.
 
     Registers are used with ``lock`` held; the other methods take it. :meth:`run` carries the backend's input in.
+    With a ``batch``, whoever reads what was written to the backend calls :meth:`collect` first, and soon after a write.
     """
 
-    def __init__(self, lock: threading.RLock, irq: IrqLine, backend: SerialBackend) -> None:
+    def __init__(self, lock: threading.RLock, irq: IrqLine, backend: SerialBackend, batch: Batch | None = None) -> None:
         self._lock: Final = lock
         self._irq: Final = irq
         self._backend: Final = backend
         self._transmit: Final = backend.write
+        self._batch: Final = batch
+        self._batching = False  # the batch is open
         self._fifo: Final[deque[int]] = deque()
         self._plain: dict[int, int] = {}
         self._level = False
@@ -139,6 +154,8 @@ class Pl011:
 
     def read(self, offset: int, size: int) -> int:
         """See :class:`avmm.bus.Device`."""
+        if self._batching:
+            self._close_batch()
         if offset == _FR:
             self._polls += 1
             if self._polls == _POLLING:
@@ -165,6 +182,8 @@ class Pl011:
 
     def write(self, offset: int, size: int, value: int) -> None:
         """See :class:`avmm.bus.Device`."""
+        if self._batching:
+            self._close_batch()
         self._polls = 0
         if offset == _DR:
             if self._plain[_CR] & _CR_LBE:
@@ -177,6 +196,7 @@ class Pl011:
                 self._tx_owed = True
             else:
                 self._ris |= _INT_TX  # the FIFO has fallen through its trigger level already
+                self._open_batch()
         elif offset == _ICR:
             self._ris &= ~value
             if self._enabled and value & (_INT_RX | _INT_RT):
@@ -196,6 +216,23 @@ class Pl011:
         else:
             return
         self._update()
+
+    def _open_batch(self) -> None:
+        """More output changes nothing that the guest could see, until it touches another register or the host acts."""
+        if self._batch is not None and not (
+            self._plain[_CR] & _CR_LBE or self._imsc & _INT_TX or self._hidden or self._tx_blocked
+        ):
+            self._batch.open(self._flags())
+            self._batching = True
+
+    def _close_batch(self) -> None:
+        """Before anything else happens: what it has taken came earlier."""
+        if self._batch is not None and self._batching:
+            self._batching = False
+            data = self._batch.close()
+            if data:
+                self._transmit(data)
+                self.transmitted += len(data)
 
     def _flags(self) -> int:
         flags = _FR_MODEM
@@ -247,6 +284,11 @@ class Pl011:
 
     # The host's side
 
+    def collect(self) -> None:
+        """Write to the backend what the batch has taken."""
+        with self._lock:
+            self._close_batch()
+
     @property
     def listening(self) -> bool:
         """Whether input given to the guest now would reach it."""
@@ -258,6 +300,7 @@ class Pl011:
             room = self._depth() - len(self._fifo) if self.listening else 0
             taken = min(len(data), max(room, 0))
             if taken:
+                self._close_batch()  # the flags change
                 self._fifo.extend(data[:taken])
                 self.received += taken
                 self._receive_changed()
@@ -269,6 +312,7 @@ class Pl011:
         with self._lock:
             if not self.listening or len(self._fifo) >= self._depth():
                 return False
+            self._close_batch()
             self._fifo.append(_DR_BE)
             self._ris |= _INT_BE
             self._receive_changed()
@@ -283,6 +327,7 @@ class Pl011:
     @tx_blocked.setter
     def tx_blocked(self, blocked: bool) -> None:
         with self._lock:
+            self._close_batch()
             self._tx_blocked = blocked
             if not blocked and self._tx_owed:
                 self._tx_owed = False
@@ -318,6 +363,7 @@ class Pl011:
     def reset(self) -> None:
         """Registers to their reset values; characters the guest has not read are gone."""
         with self._lock:
+            self._close_batch()
             self._reset_registers()
             self._tx_owed = False
             self._update()
@@ -325,6 +371,7 @@ class Pl011:
     def save(self) -> Pl011State:
         """The state for a snapshot."""
         with self._lock:
+            self._close_batch()
             ris = self._ris | _INT_TX if self._tx_owed else self._ris
             return Pl011State(_STATE_VERSION, tuple(self._plain.items()), ris, self._rsr, tuple(self._fifo))
 
@@ -333,6 +380,7 @@ class Pl011:
         if state.version != _STATE_VERSION:
             raise ValueError(f"PL011 state version {state.version} is not {_STATE_VERSION}")
         with self._lock:
+            self._close_batch()
             self._plain = dict(state.plain)
             self._imsc = self._plain[_IMSC]
             self._ris, self._rsr = state.ris, state.rsr

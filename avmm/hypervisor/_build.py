@@ -26,7 +26,7 @@ THIS = f"{HERE}/_build.py"
 
 FLAGS = ["-std=c11", "-O2", "-g", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-SHARED = [f"{HERE}/frame.c", f"{HERE}/gate.c"]  # on top of hv_*, in either build
+SHARED = [f"{HERE}/frame.c", f"{HERE}/gate.c", f"{HERE}/uart.c"]  # on top of hv_*, in either build
 SANITIZE = os.environ.get("AVMM_SANITIZE") == "1"
 COMPILE = FLAGS + SANITIZERS if SANITIZE else FLAGS
 MACOS = "-mmacosx-version-min=13.0"  # the first with hv_vm_config_get_default_ipa_size

@@ -37,10 +37,34 @@ def fail(call: str, code: int) -> NoReturn:
     raise EngineError(f"{call} failed: {RETURN_CODES.get(code, 'unknown error')} ({code:#x})", code)
 
 
+class NativeUartBatch:
+    """See :class:`avmm.hypervisor.base.UartBatch`."""
+
+    def __init__(self, ffi: Any, lib: Any, base: int) -> None:
+        uart = lib.avmm_uart_new(base)
+        if uart == ffi.NULL:
+            raise EngineError("avmm_uart_new failed: the host is out of memory")
+        self._ffi, self._lib = ffi, lib
+        self.handle = ffi.gc(uart, lib.avmm_uart_free)
+
+    def open(self, flags: int) -> None:
+        """From now on the data register is written to, and the flag register reads as ``flags``, without exits."""
+        self._lib.avmm_uart_open(self.handle, flags)
+
+    def close(self) -> bytes:
+        """No longer; what was written meanwhile, in order."""
+        data = self._ffi.new("uint8_t[]", self._lib.AVMM_UART_BYTES)
+        return bytes(self._ffi.buffer(data, self._lib.avmm_uart_close(self.handle, data)))
+
+    def served(self) -> int:
+        """How many accesses needed no exit, ever."""
+        return cast(int, self._lib.avmm_uart_served(self.handle))
+
+
 class NativeVcpu:
     """A vCPU behind the ``hv_*`` interface. Every method but :meth:`kick` only on the thread that created it."""
 
-    def __init__(self, ffi: Any, lib: Any) -> None:
+    def __init__(self, ffi: Any, lib: Any, uart: NativeUartBatch | None = None) -> None:
         self._ffi, self._lib = ffi, lib
         handle = ffi.new("hv_vcpu_t *")
         exits = ffi.new("hv_vcpu_exit_t **")
@@ -61,6 +85,9 @@ class NativeVcpu:
         self._run = lib.avmm_run
         self._frame = ffi.new("avmm_frame_t *")
         self._frame.gate = self._gate
+        self._uart = uart  # kept for as long as the frame refers to it
+        if uart is not None:
+            self._frame.uart = uart.handle
         self._cell = ffi.new("uint64_t *")
         self._closed = False
         self.frame: Frame = cast(Frame, self._frame)
@@ -189,6 +216,7 @@ class NativeHypervisor:
     def __init__(self, ffi: Any, lib: Any) -> None:
         self._ffi, self._lib = ffi, lib
         self._mapped: dict[int, tuple[Region, Any]] = {}
+        self._uart: NativeUartBatch | None = None
         self._closed = False
         self._create()
         self.capabilities = Capabilities(
@@ -253,10 +281,15 @@ class NativeHypervisor:
         """How often each injected fault has happened; empty without faults."""
         return {}
 
+    def batch_uart(self, base: int) -> NativeUartBatch:
+        """A batch, closed, for the UART at ``base``; vCPUs that are created from now on use it. Raises EngineError."""
+        self._uart = NativeUartBatch(self._ffi, self._lib, base)
+        return self._uart
+
     def create_vcpu(self) -> NativeVcpu:
         """A vCPU owned by the calling thread."""
         self._enter()
-        return NativeVcpu(self._ffi, self._lib)
+        return NativeVcpu(self._ffi, self._lib, self._uart)
 
     def close(self) -> None:
         """Destroy the VM, its vCPUs being closed already; a second call does nothing."""

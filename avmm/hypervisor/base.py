@@ -84,6 +84,22 @@ class Frame(Protocol):
         ...
 
 
+class UartBatch(Protocol):
+    """A UART's output, taken a batch at a time: see avmm_uart_open() in frame.h. Any thread."""
+
+    def open(self, flags: int) -> None:
+        """From now on the data register is written to, and the flag register reads as ``flags``, without exits."""
+        ...
+
+    def close(self) -> bytes:
+        """No longer; what was written meanwhile, in order."""
+        ...
+
+    def served(self) -> int:
+        """How many accesses needed no exit, ever."""
+        ...
+
+
 class Reg:
     """Register numbers of :meth:`Vcpu.get_reg` (Apple's ``hv_reg_t``): X0..X30 are 0..30."""
 
@@ -204,6 +220,10 @@ class Hypervisor(Protocol):
 
     def fault_counts(self) -> dict[str, int]:
         """How often each injected fault has happened; empty without faults."""
+        ...
+
+    def batch_uart(self, base: int) -> UartBatch:
+        """A batch, closed, for the UART at ``base``; vCPUs that are created from now on use it. Raises EngineError."""
         ...
 
     def create_vcpu(self) -> Vcpu:

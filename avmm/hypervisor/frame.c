@@ -171,6 +171,16 @@ static bool take_offer(const hv_vcpu_exit_t *exit, avmm_frame_t *frame) {
     return true;
 }
 
+/* The guest prints, and its UART is open. Not while the timer's mask is ours: every exit looks whether it may go. */
+static bool print(hv_vcpu_t vcpu, const hv_vcpu_exit_t *exit, avmm_frame_t *frame) {
+    if (!avmm_uart_is_open(frame->uart) || frame->vtimer_masked || exit->reason != HV_EXIT_REASON_EXCEPTION ||
+        (exit->exception.syndrome >> 26 & 0x3f) != EC_DABT)
+        return false;
+    frame->syndrome = exit->exception.syndrome;
+    decode_data_abort(vcpu, exit, frame);
+    return avmm_uart_serve(frame->uart, frame);
+}
+
 /* False: awake, but not to enter the guest. */
 static bool sleep_first(avmm_frame_t *frame) {
     frame->sleep = 0;
@@ -195,7 +205,7 @@ void avmm_run(hv_vcpu_t vcpu, hv_vcpu_exit_t *exit, avmm_frame_t *frame) {
             break;
         if (is_cache_maintenance(exit))
             frame->finish = AVMM_FINISH_ADVANCE;
-        else if (!take_offer(exit, frame))
+        else if (!take_offer(exit, frame) && !print(vcpu, exit, frame))
             break;
     }
     if (result) {

@@ -29,6 +29,9 @@
 /* Where a parked vCPU sleeps: see gate.c. */
 typedef struct avmm_gate avmm_gate_t;
 
+/* A UART whose output needs no exits: see uart.c. */
+typedef struct avmm_uart avmm_uart_t;
+
 typedef struct {
     /* To the vCPU; consumed by the next avmm_run(). */
     uint8_t irq;           /* level of the IRQ input; kept until changed, or until an offer is taken */
@@ -59,6 +62,7 @@ typedef struct {
     uint64_t sleep_until;  /* to the vCPU: nanoseconds of the monotonic clock */
     uint64_t entered;      /* from the vCPU: after a sleep, when it entered the guest; 0: it did not */
     avmm_gate_t *gate;
+    avmm_uart_t *uart;     /* or NULL */
 } avmm_frame_t;
 
 /*
@@ -76,6 +80,22 @@ void avmm_run(hv_vcpu_t vcpu, hv_vcpu_exit_t *exit, avmm_frame_t *frame);
 #define AVMM_OFFERED 0x40000000
 #define AVMM_TAKEN 0x80000000
 uint32_t avmm_withdraw(avmm_frame_t *frame);
+
+/*
+ * A UART's registers at `base`, closed; NULL when memory is short. While it is open, avmm_run() itself takes what the guest
+ * writes to the data register and answers its flag register with `flags`, for as long as there is room. Any thread may open
+ * or close it; closing gives what was written, in order, and its length.
+ */
+#define AVMM_UART_BYTES 1024
+avmm_uart_t *avmm_uart_new(uint64_t base);
+void avmm_uart_free(avmm_uart_t *uart);
+void avmm_uart_open(avmm_uart_t *uart, uint32_t flags);
+uint32_t avmm_uart_close(avmm_uart_t *uart, uint8_t *bytes);
+uint64_t avmm_uart_served(avmm_uart_t *uart); /* accesses, ever */
+
+/* Of avmm_run(): whether to try at all; serve the MMIO access that `frame` has decoded, or return false. */
+bool avmm_uart_is_open(const avmm_uart_t *uart);
+bool avmm_uart_serve(avmm_uart_t *uart, avmm_frame_t *frame);
 
 /* A gate, shut; NULL when memory is short. */
 avmm_gate_t *avmm_gate_new(void);

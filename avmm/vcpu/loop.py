@@ -177,6 +177,13 @@ class VcpuLoop:
         finally:
             await outlast(asyncio.ensure_future(self.close()))
 
+    async def report(self) -> Outcome:
+        """:meth:`run`; what goes wrong on the host's side is an outcome too, not the end of a task group."""
+        try:
+            return await self.run()
+        except AvmmError as error:
+            return Outcome(Event.FAULT, self.index, error)
+
     async def _run(self) -> Outcome:
         parking = self.parking
         thread = self._thread

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,17 @@ async def test_a_defect_that_a_guest_finds_ends_that_guest_alone(engine: str, mo
         assert "MMIO_WRITE" in str(outcome.error)
         assert isinstance(outcome.error.__cause__, AssertionError)
     assert (await report("hello", engine, 1))[0]
+
+
+async def test_output_is_prompt_without_another_exit(engine: str, tmp_path: Path) -> None:
+    """A guest that prints and then computes for ever, its interrupts masked: all it printed arrives."""
+    movz_x0_uart, movz_w1_a, strb_w1_x0, add_x1_x1_1, spin = 0xD2A12000, 0x52800C21, 0x39000001, 0x91000421, 0x14000000
+    words = [movz_x0_uart, movz_w1_a, *[strb_w1_x0, add_x1_x1_1] * 26, *[strb_w1_x0] * 999, spin]
+    header = struct.pack("<IIQQQQQQ4sI", 0x14000010, 0, 0, 0x10000, 0b1010, 0, 0, 0, b"ARM\x64", 0)
+    image = tmp_path / "image"
+    image.write_bytes(header + struct.pack(f"<{len(words)}I", *words))
+    async with avmm.boot(image, memory="128M", engine=engine) as vm:
+        await vm.console.expect(rb"abcdefghijklmnopqrstuvwxyz\{{999}", timeout=TIMEOUT)
+        counters = vm.counters()
+        assert counters["exits"]["mmio_write"] + counters["uart_batched"] == 26 + 999
+        assert counters["uart_batched"]

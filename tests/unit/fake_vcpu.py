@@ -14,7 +14,7 @@ from typing import Final
 
 from avmm.clock import Clock
 from avmm.hypervisor._softhv import ffi, lib
-from avmm.hypervisor.base import ENTER, Capabilities, ExitKind, Finish, Frame, Reg, Vcpu
+from avmm.hypervisor.base import ENTER, Capabilities, ExitKind, Finish, Frame, Reg, UartBatch, Vcpu
 from avmm.irq import IrqLine, IrqSink
 from avmm.memory import Region
 from avmm.vcpu import sysregs
@@ -234,6 +234,9 @@ class FakeHypervisor:
 
     def fault_counts(self) -> dict[str, int]:
         return {}
+
+    def batch_uart(self, base: int) -> UartBatch:
+        raise NotImplementedError
 
     def create_vcpu(self) -> Vcpu:
         index = int(threading.current_thread().name.removeprefix("avmm-vcpu"))

@@ -152,7 +152,7 @@ def test_all_files_of_the_build_compile_with_apple_s_types(tmp_path: Path) -> No
         "-I", tmp_path, "-I", source, "-I", sysconfig.get_path("include"),
     ]  # fmt: skip
     apple: list[str | Path] = ["-D__APPLE__", "-include", macos]
-    runs: list[list[str | Path]] = [[module], [*apple, source / "frame.c"], [*apple, source / "gate.c"]]
+    runs: list[list[str | Path]] = [[module], *([*apple, source / name] for name in ("frame.c", "gate.c", "uart.c"))]
     for options in runs:
         done = subprocess.run([*check, *options], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr

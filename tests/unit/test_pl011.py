@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
@@ -58,14 +58,30 @@ class Terminal:
         self.output += data
 
 
+class Batch:
+    """What the engine does with an open batch, a call at a time."""
+
+    def __init__(self) -> None:
+        self.flags: int | None = None
+        self.taken = b""
+
+    def open(self, flags: int) -> None:
+        self.flags = flags
+
+    def close(self) -> bytes:
+        self.flags = None
+        taken, self.taken = self.taken, b""
+        return taken
+
+
 class Port:
     """A UART with a FIFO and receive interrupts enabled, as a driver leaves it."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch: Batch | None = None) -> None:
         self.line = Line()
         self.terminal = Terminal()
         self.lock = threading.RLock()
-        self.uart = Pl011(self.lock, self.line, self.terminal)
+        self.uart = Pl011(self.lock, self.line, self.terminal, batch)
         self.write(LCR_H, 0x70)
         self.write(IMSC, RX | RT)
 
@@ -131,6 +147,66 @@ def test_blocked_backend_shows_a_full_fifo_and_holds_the_interrupt(port: Port) -
     twin = Port()
     twin.uart.restore(state)  # what was held back is not forgotten
     assert twin.line.level
+
+
+def block(port: Port) -> None:
+    port.uart.tx_blocked = True
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda port: port.read(FR),
+        lambda port: port.read(RIS),
+        lambda port: port.write(CR, 0x301),
+        lambda port: port.write(IMSC, TX),
+        lambda port: port.uart.receive(b"typed"),
+        lambda port: port.uart.send_break(),
+        lambda port: port.uart.save(),
+        lambda port: port.uart.restore(Port().uart.save()),
+        lambda port: port.uart.reset(),
+        lambda port: port.uart.collect(),
+        block,
+    ],
+)
+def test_whatever_happens_comes_after_what_the_batch_has_taken(act: Callable[[Port], object]) -> None:
+    batch = Batch()
+    port = Port(batch)
+    assert batch.flags is None
+    port.write(DR, ord("a"))
+    assert batch.flags == port.uart._flags()
+    batch.taken = b"bc"
+    act(port)
+    assert port.terminal.output == b"abc"
+    assert port.uart.transmitted == 3
+    assert batch.flags is None
+
+
+def test_bytes_written_with_an_exit_come_after_the_batch() -> None:
+    batch = Batch()
+    port = Port(batch)
+    port.write(DR, ord("a"))
+    batch.taken = b"bc"
+    port.write(DR, ord("d"))
+    assert port.terminal.output == b"abcd"
+    assert batch.flags is not None
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        block,
+        lambda port: port.write(IMSC, TX),
+        lambda port: port.write(CR, 0x381),  # loopback
+        lambda port: [port.write(CR, 0x301), port.write(ICR, RX)],  # FR is about to lie, once
+    ],
+)
+def test_no_batch_where_a_byte_matters(prepare: Callable[[Port], object]) -> None:
+    batch = Batch()
+    port = Port(batch)
+    prepare(port)
+    port.write(DR, ord("a"))
+    assert batch.flags is None
 
 
 @pytest.mark.parametrize(("ifls", "trigger"), [(0, 4), (1, 8), (2, 16), (3, 24), (4, 28)])

@@ -101,7 +101,7 @@ class Softhv(NativeHypervisor):
     def create_vcpu(self) -> SofthvVcpu:
         """A vCPU owned by the calling thread."""
         self._enter()
-        return SofthvVcpu(ffi, lib)
+        return SofthvVcpu(ffi, lib, self._uart)
 
 
 def timebase() -> tuple[int, int]:
