@@ -104,9 +104,27 @@ static const uint32_t loop[] = {
 static const uint32_t function[] = {0x91000718 /* add x24, x24, #1 */, 0xd65f03c0 /* ret */};
 enum { OTHER_FUNCTION = 0x91000b18 /* add x24, x24, #2 */ };
 
+/* Bursts of TLBI, each vCPU waiting for the others, and then nothing that leaves the guest until the host writes [x11]. */
+static const uint32_t burst[] = {
+    0xd28003c8, /* again: mov x8, #30 */
+    0xd508831f, /* next: tlbi vmalle1is */
+    0xd5033b9f, /* dsb ish */
+    0xf1000508, /* subs x8, x8, #1 */
+    0x54ffffa1, /* b.ne next */
+    0xf9400166, /* wait: ldr x6, [x11] */
+    0xeb0700df, /* cmp x6, x7 */
+    0x54ffffc0, /* b.eq wait */
+    0xaa0603e7, /* mov x7, x6 */
+    0xb10004df, /* cmn x6, #1 */
+    0x54fffec1, /* b.ne again */
+    0xd4000002, /* hvc #0 */
+    0x17fffff4, /* b again */
+};
+enum { BURST = 0x3000, BURSTS = 300 };
+
 static uint8_t *ram, *device;
 static softhv_vm_t *vm;
-static bool with_faults, plant;
+static bool with_faults, plant, bursting;
 static _Atomic bool stop, done;
 static _Atomic uint64_t handles[VCPUS];
 static const hv_vcpu_exit_t *_Atomic planted;
@@ -126,6 +144,7 @@ static void load(void) {
     memcpy(ram + VECTORS + 0x200, skip, sizeof skip);
     memcpy(ram + LOOP, loop, sizeof loop);
     memcpy(ram + FUNCTION, function, sizeof function);
+    memcpy(ram + BURST, burst, sizeof burst);
     put(ROOT + 8, (RAM + LEVEL2) | 3);
     put(LEVEL2, (RAM + LEVEL3) | 3);
     for (uint64_t at = 0; at < RAM_SIZE; at += PAGE)
@@ -153,7 +172,7 @@ static void start(struct state *s, unsigned index) {
     s->reg[18] = OTHER_FUNCTION;
     s->reg[19] = function[0];
     s->reg[21] = 1;
-    s->reg[PC] = RAM + LOOP;
+    s->reg[PC] = RAM + (bursting ? BURST : LOOP);
     s->reg[CPSR] = 0x3c5;
 }
 
@@ -280,9 +299,7 @@ static void *host_thread(void *argument) {
 
 /* ---- Rounds ------------------------------------------------------------------------------------------------------ */
 
-static void a_round(unsigned number) {
-    struct seat seats[VCPUS];
-    pthread_t vcpus[VCPUS], host[ACTS];
+static void begin(unsigned number) {
     alarm(HANG_S); /* ends a round that hangs */
     load();
     stop = done = false;
@@ -297,6 +314,42 @@ static void a_round(unsigned number) {
                                                 .lose_kick = 0.1, .late_kick_ns = 100000});
     must(!hv_vm_map(ram, RAM, CODE_SIZE, READ | WRITE | EXEC), "hv_vm_map failed");
     must(!hv_vm_map(ram + DATA, RAM + DATA, DATA_SIZE, READ | WRITE), "hv_vm_map failed");
+}
+
+static void end(void) {
+    must(!hv_vm_destroy(), "hv_vm_destroy failed");
+    softhv_vm_bind(NULL);
+    must(!softhv_vm_free(vm), "softhv_vm_free failed");
+}
+
+/* The memory map changes while all wait for each other; nobody kicks, so a vCPU that overlooks it hangs the round. */
+static void stops(unsigned number) {
+    struct seat seats[VCPUS];
+    pthread_t vcpus[VCPUS];
+    bursting = true;
+    begin(number & 1);
+    stop = true; /* one HVC, and that is it */
+    for (unsigned i = 0; i < VCPUS; i++) {
+        seats[i].index = i;
+        pthread_create(&vcpus[i], NULL, vcpu_thread, &seats[i]);
+    }
+    for (uint64_t i = 1; i <= BURSTS; i++) {
+        __atomic_store_n((uint64_t *)(ram + ATOMIC), i < BURSTS ? i : UINT64_MAX, __ATOMIC_RELAXED);
+        for (unsigned wait = i * 37 % 1000; wait--;)
+            atomic_thread_fence(memory_order_seq_cst);
+        must(!hv_vm_map(device, DEVICE, MAP_SIZE, READ | WRITE), "hv_vm_map failed");
+        must(!hv_vm_unmap(DEVICE, MAP_SIZE), "hv_vm_unmap failed");
+    }
+    for (unsigned i = 0; i < VCPUS; i++)
+        pthread_join(vcpus[i], NULL);
+    end();
+    bursting = false;
+}
+
+static void a_round(unsigned number) {
+    struct seat seats[VCPUS];
+    pthread_t vcpus[VCPUS], host[ACTS];
+    begin(number);
     for (unsigned i = 0; i < VCPUS; i++) {
         seats[i].index = i;
         pthread_create(&vcpus[i], NULL, vcpu_thread, &seats[i]);
@@ -322,9 +375,7 @@ static void a_round(unsigned number) {
                 (unsigned long long)rounds, (unsigned long long)exclusive, (unsigned long long)atomic);
         exit(1);
     }
-    must(!hv_vm_destroy(), "hv_vm_destroy failed");
-    softhv_vm_bind(NULL);
-    must(!softhv_vm_free(vm), "softhv_vm_free failed");
+    end();
 }
 
 int main(int argc, char **argv) {
@@ -343,6 +394,7 @@ int main(int argc, char **argv) {
     time_t end = now.tv_sec + seconds;
     unsigned number = 0;
     do {
+        stops(number);
         a_round(number++);
         clock_gettime(CLOCK_MONOTONIC, &now);
     } while (number < 4 || now.tv_sec < end);

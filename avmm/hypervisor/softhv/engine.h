@@ -249,8 +249,9 @@ struct sysregs {
 enum {
     POLL_EXIT = 1,       /* hv_vcpus_exit */
     POLL_TURN = 2,       /* another vCPU waits for its turn; looked at when the budget is used up */
-    POLL_MAIL = 4,       /* there is mail, or the memory map is about to change */
-    POLL_NOW = POLL_EXIT | POLL_MAIL, /* looked at before every block */
+    POLL_MAIL = 4,       /* there is mail */
+    POLL_STOP = 8,       /* the memory map is about to change: leave the guest; only while in there */
+    POLL_NOW = POLL_EXIT | POLL_MAIL | POLL_STOP, /* looked at before every block */
 };
 
 /* What a vCPU has to forget before it runs on; written by any thread, read by its own. */
@@ -354,7 +355,9 @@ static inline bool leave_for(struct vcpu *c, const struct uop *u, uint64_t targe
 static inline void force_poll(struct vcpu *c) { c->slice -= c->budget; c->budget = 0; }
 
 /* Counters are written by the vCPU's own thread and read by any: each is one word, whole. */
-static inline void counter_set(uint64_t *counter, uint64_t value) { __atomic_store_n(counter, value, __ATOMIC_RELAXED); }
+static inline void counter_set(uint64_t *counter, uint64_t value) {
+    __atomic_store_n(counter, value, __ATOMIC_RELAXED);
+}
 static inline void counter_add(uint64_t *counter, uint64_t value) { counter_set(counter, *counter + value); }
 
 /* ---- Memory accesses of guest instructions ---------------------------------------------------------------------- */
@@ -508,7 +511,7 @@ void mail_code(struct vm *vm, const struct vcpu *from, uint64_t pa, uint64_t siz
 void mail_read(struct vcpu *c);  /* by its own thread, between blocks or as the last thing of one */
 void mail_sync(struct vcpu *c);  /* the same; returns when all others have read what c has sent them */
 void mail_moved(struct vm *vm);  /* vm->lock held: wake those who wait for others to read */
-void mail_wait(struct vcpu *c);  /* the same; while others are waited for by mail_sync(), make room for them */
+void mail_wait(struct vcpu *c);  /* the same; while mail_sync() waits for others, make room: until c is asked out */
 void tlbi(struct vcpu *c, unsigned op, uint64_t argument); /* exec_sys.c: on this vCPU */
 
 /* ---- fault.c: hooks for a VM with vm->faults ------------------------------------------------------------------------------ */
@@ -573,7 +576,8 @@ struct vm {
     _Atomic uint32_t stoppers; /* those who wait to change the memory map */
     pthread_cond_t all_out;   /* for them */
     _Atomic uint32_t syncing; /* vCPUs in mail_sync() */
-    _Atomic uint32_t mail_waiters; /* asleep until a vCPU has read its mail, is outside, has got some; or none syncs: */
+    _Atomic uint32_t mail_waiters; /* asleep until a vCPU has read its mail, is outside, has got some, is asked out; or
+                                      none syncs: */
     pthread_cond_t mail_moved;
     struct ram ram[RAM_MAX];
     uint32_t ram_count;

@@ -123,13 +123,13 @@ static bool behind(const struct vcpu *c) {
 
 /*
  * A vCPU that the host lets run reads its mail within a microsecond. One that it does not has to get a processor first:
- * whoever waits for it then sleeps, so that there is one.
+ * whoever waits for it then sleeps, so that there is one. Until all have read, or c->poll has one of `unless`.
  */
-static void wait_for_readers(struct vcpu *c) {
+static void wait_for_readers(struct vcpu *c, uint32_t unless) {
     struct vm *vm = c->vm;
     uint64_t patience = host_ns() + SPIN_NS;
     pthread_mutex_lock(&vm->lock);
-    while (atomic_load(&vm->syncing) && behind(c)) {
+    while (atomic_load(&vm->syncing) && behind(c) && !(atomic_load(&c->poll) & unless)) {
         if (atomic_load(&c->poll) & POLL_MAIL) { /* two may wait for each other */
             pthread_mutex_unlock(&vm->lock);
             mail_read(c);
@@ -140,7 +140,7 @@ static void wait_for_readers(struct vcpu *c) {
             pthread_mutex_lock(&vm->lock);
         } else {
             atomic_fetch_add(&vm->mail_waiters, 1); /* before the last look: who moves now finds us here */
-            if (atomic_load(&vm->syncing) && behind(c) && !(atomic_load(&c->poll) & POLL_MAIL))
+            if (atomic_load(&vm->syncing) && behind(c) && !(atomic_load(&c->poll) & (unless | POLL_MAIL)))
                 pthread_cond_wait(&vm->mail_moved, &vm->lock);
             atomic_fetch_sub(&vm->mail_waiters, 1);
         }
@@ -151,12 +151,12 @@ static void wait_for_readers(struct vcpu *c) {
 void mail_sync(struct vcpu *c) {
     c->posted = false;
     atomic_fetch_add(&c->vm->syncing, 1);
-    wait_for_readers(c);
+    wait_for_readers(c, 0); /* whoever is asked out does not finish its DSB by that */
     atomic_fetch_sub(&c->vm->syncing, 1);
     mail_moved_locking(c->vm);
 }
 
 void mail_wait(struct vcpu *c) {
     if (atomic_load(&c->vm->syncing))
-        wait_for_readers(c);
+        wait_for_readers(c, POLL_EXIT | POLL_STOP);
 }

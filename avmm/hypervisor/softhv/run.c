@@ -134,7 +134,7 @@ void guest_leave(struct vcpu *c) {
     struct vm *vm = c->vm;
     c->exec_ns += host_ns() - c->turn_start;
     pthread_mutex_lock(&vm->lock);
-    atomic_fetch_and(&c->poll, ~(uint32_t)POLL_TURN);
+    atomic_fetch_and(&c->poll, ~(uint32_t)(POLL_TURN | POLL_STOP));
     atomic_store(&c->inside, false);
     vm->inside--;
     if (vm->turns)
@@ -166,9 +166,10 @@ static void poll(struct vcpu *c) {
     if (why & POLL_MAIL) {
         mail_read(c);
         mail_wait(c);
-        if (atomic_load(&c->vm->stoppers) && !guest_yield(c))
-            return exit_to_host(c, HV_EXIT_REASON_CANCELED);
+        why = atomic_load(&c->poll);
     }
+    if (why & POLL_STOP && !guest_yield(c))
+        return exit_to_host(c, HV_EXIT_REASON_CANCELED);
     if (why & POLL_EXIT)
         return exit_to_host(c, HV_EXIT_REASON_CANCELED);
     if (why & POLL_TURN && host_ns() - c->turn_start >= TURN_NS && !guest_yield(c))

@@ -151,6 +151,7 @@ hv_return_t hv_vcpus_exit(hv_vcpu_t *vcpus, uint32_t vcpu_count) {
         pthread_mutex_lock(&c->vm->lock);
         if (c->waiting)
             pthread_cond_signal(&c->my_turn);
+        mail_moved(c->vm);
         pthread_mutex_unlock(&c->vm->lock);
     }
     pthread_mutex_unlock(&handles_lock);

@@ -163,7 +163,8 @@ static void stop_guest(struct vm *vm) {
     atomic_fetch_add(&vm->stoppers, 1);
     while (vm->inside) {
         for (uint32_t i = 0; i < vm->vcpu_count; i++)
-            atomic_fetch_or(&vm->vcpus[i]->poll, POLL_MAIL);
+            if (atomic_load(&vm->vcpus[i]->inside))
+                atomic_fetch_or(&vm->vcpus[i]->poll, POLL_STOP);
         mail_moved(vm);
         pthread_cond_wait(&vm->all_out, &vm->lock);
     }
