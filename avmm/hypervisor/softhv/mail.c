@@ -3,7 +3,7 @@
  * alone; everybody else writes what is to go into its mail, which it reads between blocks. One that is outside the guest
  * reads it on its way in, and nobody waits for it.
  *
- * Lock order: vm->lock, then one mail.lock.
+ * Lock order: vm->lock, then one mail.lock. tests/unit/test_mail_model.py tries every interleaving.
  */
 #define _GNU_SOURCE
 #include "engine.h"
