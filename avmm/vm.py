@@ -19,24 +19,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Itera
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from avmm.aio import cancel, outlast
 from avmm.attachments import attachments_of, close_all, open_all
 from avmm.attachments.agent import AgentAttachment
-from avmm.attachments.balloon import BalloonAttachment
 from avmm.attachments.base import Attachment
-from avmm.attachments.drive import DriveAttachment
-from avmm.attachments.net import NetAttachment, Network
-from avmm.attachments.ports import PortsAttachment
-from avmm.attachments.share import ShareAttachment
-from avmm.attachments.vsock import VsockAttachment
-from avmm.backends.balloon import Balloon
-from avmm.backends.drive import Drive
-from avmm.backends.port import Port
 from avmm.backends.serial import SerialLine
-from avmm.backends.share.server import Share
-from avmm.backends.vsock.host import VsockHost
 from avmm.board import Board, id_page
 from avmm.bootloader.loader import ENTROPY_SIZE, Entry, load_linux
 from avmm.bootloader.machine import PL011, RAM_BASE
@@ -48,11 +37,9 @@ from avmm.config import (
     ShareLike,
     VmConfig,
     VsockConfig,
-    drive_config,
-    net_configs,
-    share_config,
 )
 from avmm.describe import check_capabilities, read_images
+from avmm.equipment import Equipment
 from avmm.errors import AvmmError, ConfigError, GuestError, GuestGone, GuestPanic
 from avmm.faults import Faults
 from avmm.guest.console import Console
@@ -75,8 +62,6 @@ from avmm.vcpu.loop import Outcome as VcpuOutcome
 from avmm.vcpu.psci import Psci
 from avmm.vcpu.state import VcpuState
 
-_A = TypeVar("_A", bound=Attachment)
-
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -90,7 +75,7 @@ class Outcome:
     error: AvmmError | None = None
 
 
-class VirtualMachine(Commands):
+class VirtualMachine(Commands, Equipment):
     """One virtual machine. Make it inside a running event loop, then ``async with`` it, or ``start`` and ``stop`` it.
 
     ``keep_output``: how many bytes of console output to remember at least; None remembers all. ``monitor``: let
@@ -107,8 +92,7 @@ class VirtualMachine(Commands):
         monitor: bool = False,
         trace: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.config = config
-        self.state = "created"
+        Equipment.__init__(self, config)
         #: time.monotonic() of what has happened so far, in order.
         self.timeline: dict[str, float] = {}
         self._panic = PanicWatch(self._guest_is_dead)
@@ -126,7 +110,6 @@ class VirtualMachine(Commands):
         self._stilling = asyncio.Lock()  # held by whoever pauses or resumes
         self._running = asyncio.Event()  # cleared while paused
         self._running.set()
-        self._attachments: list[Attachment] = []
         self._hypervisor: Hypervisor | None = None
         self._batch: UartBatch | None = None
         self._board: Board | None = None
@@ -346,73 +329,6 @@ class VirtualMachine(Commands):
         """The guest's RAM."""
         return self._memory
 
-    # What it has been given.
-
-    @property
-    def drives(self) -> list[Drive]:
-        """The disks, in the order they were given, for their counters and faults; none before the VM is started."""
-        return [each.drive for each in self._all(DriveAttachment) if each.drive is not None]
-
-    def add_drive(self, drive: DriveLike) -> None:
-        """Give a VM that has not been started one more disk: a path with options as for ``--drive``, or DriveConfig."""
-        self._expect_state("created")
-        self.config = replace(self.config, drives=(*self.config.drives, drive_config(drive)))
-
-    @property
-    def nets(self) -> list[Network]:
-        """The networks, in the order they were given; none before the VM is started."""
-        return [each.network for each in self._all(NetAttachment) if each.network is not None]
-
-    @property
-    def net(self) -> Network:
-        """The first of :attr:`nets`. Raises ConfigError when there is none."""
-        if not self.nets:
-            raise ConfigError("this VM has no network, or has not been started")
-        return self.nets[0]
-
-    def add_net(self, net: NetLike) -> None:
-        """Give a VM that has not been started one more network: a Switch, text as for ``--net``, or NetConfig."""
-        self._expect_state("created")
-        self.config = replace(self.config, nets=net_configs([*self.config.nets, net]))
-
-    @property
-    def shares(self) -> list[Share]:
-        """The shared folders, in the order they were given, for their counters; none before the VM is started."""
-        return [each.share for each in self._all(ShareAttachment) if each.share is not None]
-
-    def add_share(self, share: ShareLike) -> None:
-        """Share one more folder with a VM that has not been started: a path with options as for ``--share``, or
-        ShareConfig."""
-        self._expect_state("created")
-        self.config = replace(self.config, shares=(*self.config.shares, share_config(share)))
-
-    @property
-    def vsock(self) -> VsockHost:
-        """Sockets between guest and host that need no network. Raises ConfigError when there is no such device."""
-        found = self._all(VsockAttachment)
-        if not found:
-            raise ConfigError("this VM has no vsock (vsock=True, or sockets as for --vsock), or has not been started")
-        return found[0].host
-
-    @property
-    def balloon(self) -> Balloon:
-        """Memory to be taken from the guest, and what it says of its own. Raises ConfigError before the start."""
-        found = self._all(BalloonAttachment)
-        if not found:
-            raise ConfigError("this VM has not been started")
-        return found[0].balloon
-
-    @property
-    def ports(self) -> dict[str, Port]:
-        """The host's ends of the virtio console's ports, by name; none before the VM is started."""
-        return {name: port for each in self._all(PortsAttachment) for name, port in each.ports.items()}
-
-    def resize(self, port: str, columns: int, rows: int) -> None:
-        """Tell the guest the size of the terminal at its virtio console port of this name."""
-        if port not in self.ports:
-            raise ConfigError(f"the VM has no port {port!r}; it has {', '.join(self.ports) or 'none'}")
-        self._all(PortsAttachment)[0].resize(port, columns, rows)
-
     @property
     def _exec(self) -> Exec:
         """See :class:`Commands`."""
@@ -434,9 +350,6 @@ class VirtualMachine(Commands):
     def screen(self) -> Screen:
         """What a terminal on the serial console would show. Raises ConfigError without ``avmm[screen]``."""
         return self.console.screen
-
-    def _all(self, kind: type[_A]) -> list[_A]:
-        return [each for each in self._attachments if isinstance(each, kind)]
 
     def hold_output(self, hold: bool) -> None:
         """While held, the guest's UART says that it cannot send: for a host that is slower than the guest."""
@@ -670,10 +583,6 @@ class VirtualMachine(Commands):
 
     def _mark(self, name: str) -> None:
         self.timeline.setdefault(name, time.monotonic())
-
-    def _expect_state(self, wanted: str) -> None:
-        if self.state != wanted:
-            raise ConfigError(f"this needs a VM that is {wanted}; it is {self.state}")
 
 
 class Booting:
