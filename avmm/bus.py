@@ -1,6 +1,7 @@
 """The physical address bus: which device answers a guest physical address.
 
-A device's registers are synchronous and run on the vCPU thread under the VM's lock: no I/O, no await.
+A device's registers are synchronous and run on the vCPU thread under the VM's lock: no await, no I/O that may
+block.
 Offsets are relative to the device's own window; a device does not care where it lives.
 """
 

@@ -31,7 +31,9 @@ JOBS = {
     "random write, depth 1": "--rw=randwrite --bs=4k --iodepth=1",
     "random write, depth 32": "--rw=randwrite --bs=4k --iodepth=32",
 }
+# Percentiles of the whole latency: fio's default leaves out the submission, in which a VMM may spend most of it.
 FIO = "fio --name=job --filename=/dev/vdb --direct=1 --ioengine=libaio --thread --time_based --minimal"
+FIO += " --lat_percentiles=1 --clat_percentiles=0"
 
 # fio's terse output, version 3: where a direction's KiB/s and IOPS are.
 READ, WRITE = 6, 47

@@ -334,6 +334,75 @@ async def test_many_requests_at_once(image: Path) -> None:
     drive.close()
 
 
+async def expect_now(queue: FakeQueue, sector: int, count: int = 1) -> None:
+    """Read ``count`` sectors, one chain each; the answers are there before the notification returns."""
+    order = {queue.add([header(IN, sector + n)], [512, 1]): sector + n for n in range(count)}
+    queue.kick()  # the event loop does not turn
+    done = queue.collect()
+    assert {each.head: each.data for each in done} == {
+        head: struct.pack("<Q", at) * 64 + b"\0" for head, at in order.items()
+    }
+    assert await queue.driver.interrupt() == mmio.USED
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the host cannot tell what is in its page cache")
+@pytest.mark.parametrize("features", [-1, ALL_BUT_EVENT_IDX], ids=["event-idx", "flags"])
+async def test_a_small_read_is_done_before_the_vcpu_goes_on(image: Path, features: int) -> None:
+    assert content(image)  # into the page cache
+    drive = drive_on(image)
+    async with attached(Blk(drive, "d")) as driver:
+        driver.start(driver.features() & features)
+        queue, blk = driver.queue(0), driver.device.device
+
+        async def asleep() -> None:
+            await until(lambda: driver.device.queues[0].doorbell.awaited)
+
+        assert (await queue.request([header(IN, 1)], [512, 1]))[-1] == 0  # by the worker, who finds that it was easy
+        for sector in range(40):  # round the ring
+            await asleep()
+            await expect_now(queue, sector)
+        await expect_now(queue, 100, 3)
+        assert drive.counters["reads"] == 44
+        assert drive.counters["read_bytes"] == 44 * 512
+
+        # More than is done at once goes on in the worker, and nothing is lost or done twice.
+        heads = {queue.add([header(IN, n)], [512, 1], indirect=True): n for n in range(12)}
+        queue.kick()
+        for done in await queue.completed(12):
+            assert done.data == struct.pack("<Q", heads[done.head]) * 64 + b"\0"
+        assert drive.counters["reads"] == 56
+
+        # What may block is the worker's: a write, and a read while the drive has a fault.
+        await asleep()
+        queue.add([header(OUT, 7), b"x" * 512], [1])
+        queue.kick()
+        assert not queue.collect()
+        assert not blk.serves_now
+        await queue.completed()
+        drive.fail(sector=9, op="read", times=1)
+        assert (await queue.request([header(IN, 9)], [512, 1]))[-1] == 1
+        assert await queue.request([header(IN, 7)], [512, 1]) == b"x" * 512 + b"\0"
+
+        # A paused device does nothing, and goes on afterwards.
+        await asleep()
+        await driver.device.pause()
+        queue.add([header(IN, 5)], [512, 1])
+        queue.kick()
+        await asyncio.sleep(0)
+        assert not queue.collect()
+        driver.device.resume()
+        assert (await queue.completed())[0].data[:8] == struct.pack("<Q", 5)
+
+        # A rule broken in a request that would be done at once.
+        await asleep()
+        await expect_now(queue, 11)
+        queue.add([b"short"], [1])
+        queue.kick()
+        assert driver.needs_reset
+        assert driver.device.guest_errors == 1
+    drive.close()
+
+
 async def test_faults_that_were_asked_for(image: Path) -> None:
     drive = drive_on(image)
     before = content(image)

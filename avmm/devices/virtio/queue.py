@@ -120,6 +120,7 @@ class Virtqueue:
         if layout.desc % 16 or layout.avail % 2 or layout.used % 4:
             raise GuestError("a part of a virtqueue is not aligned")
         self._lock: Final = lock
+        self._barrier: Final = threading.Lock()
         self._memory: Final = memory
         self.layout: Final = layout
         self._size: Final = size
@@ -190,15 +191,9 @@ class Virtqueue:
                 _USED_ELEM.pack_into(self._used, 4 + 8 * (new & self._size - 1), chain.head, written)
                 new = new + 1 & 0xFFFF
             self._used_idx = new
-        self._fence()
-        with self._lock:
-            if not self.alive:
-                return False
+            self._fence()
             self._used_words[1] = new
-        self._fence()
-        with self._lock:
-            if not self.alive:
-                return False
+            self._fence()
             if self._event_idx:
                 # Has the index just gone past the entry the driver waits for? (2.7.10)
                 event = self._avail[2 + self._size]
@@ -229,9 +224,8 @@ class Virtqueue:
                 self._used_words[2 + 4 * self._size] = seen
             else:
                 self._used_words[0] = 0
-        self._fence()
-        with self._lock:
-            return not self.alive or self._avail[1] == seen
+            self._fence()
+            return self._avail[1] == seen
 
     def drop(self, chain: Chain) -> None:
         """Never give ``chain`` back."""
@@ -251,7 +245,7 @@ class Virtqueue:
                 self._used_words[0] = 0 if wanted else _USED_NO_NOTIFY
             elif wanted:
                 self._used_words[2 + 4 * self._size] = self._last_avail
-        self._fence()
+            self._fence()
 
     def has_more(self) -> bool:
         """Whether :meth:`pop` would give a chain, or raise."""
@@ -273,11 +267,12 @@ class Virtqueue:
         """Order what is before against what is after, as the vCPUs see it, on every host.
 
         Releasing a lock and then taking one is a full barrier where a vCPU's stores and ours may overtake each other
-        (arm64); where only a store and a later load may (x86-64), any locked instruction is.
+        (arm64); where only a store and a later load may (x86-64), any locked instruction is. A lock of the queue's own:
+        taking the VM's, which whoever is here holds, once more is no barrier.
         """
-        with self._lock:
+        with self._barrier:
             pass
-        with self._lock:
+        with self._barrier:
             pass
 
     def _chain(self, head: int) -> Chain:

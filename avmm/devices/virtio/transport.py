@@ -67,6 +67,8 @@ _VENDOR: Final = 0x4D4D5641  # "AVMM"
 _STATE_VERSION: Final = 1
 # Chains that one queue may take in one turn of the event loop, so that a busy device leaves time to the others.
 _TURN: Final = 64
+# Chains that may be served at one notification, before the vCPU goes on.
+_AT_ONCE: Final = 4
 # A guest can break rules as fast as it likes: the log takes so many of each device, the counter all.
 _LOGGED: Final = 10
 
@@ -84,6 +86,11 @@ class Doorbell:
         waiter, self._waiter = self._waiter, None
         if waiter is not None:
             waiter[0].call_soon_threadsafe(_resolve, waiter[1])
+
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody sleeps until it is rung."""
+        return self._waiter is not None
 
     async def wait(self) -> None:
         """Return when it has been rung since the last time."""
@@ -139,6 +146,38 @@ class Queue:
             self._turn = 0
             if self.core is not None:
                 self.core.want_notifications(False)
+
+    def notified(self) -> None:
+        """The driver has offered chains. On the vCPU's thread, under the VM's lock."""
+        core = self.core
+        idle = core is not None and not core.in_flight and self.doorbell.awaited
+        if not (self._transport.device.serves_now and idle and self._serve_now()):
+            self.doorbell.ring()
+
+    def _serve_now(self) -> bool:
+        """While the worker sleeps: do what the device can do at once. Whether nothing is left for the worker.
+
+        With nothing in flight and the lock held, the worker is at nothing that this could meet.
+        """
+        device = self._transport.device
+        done: list[tuple[Chain, int]] = []
+        drained = False
+        while len(done) < _AT_ONCE:
+            chain = self.get_nowait()
+            if chain is None:
+                drained = True
+                break
+            try:
+                written = device.serve_now(chain)
+            except GuestError as error:
+                self.fail(chain, error)
+                break
+            if written is None:
+                self.unpop([chain])
+                break
+            done.append((chain, written))
+        self.push_all(done)
+        return drained and self._sleepable()
 
     def get_nowait(self) -> Chain | None:
         """The next chain if there is one now, and the device is running."""
@@ -198,13 +237,15 @@ class Queue:
 class VirtioDevice:
     """What a device is behind its transport; one subclass for each kind.
 
-    ``features`` are its own feature bits, ``queue_sizes`` the largest size of each queue.
+    ``features`` are its own feature bits, ``queue_sizes`` the largest size of each queue; ``serves_now``:
+    :meth:`serve_now` is worth asking for the next chain.
     """
 
     device_id: int = 0  # of a slot without a device
     name: str = "none"
     features: int = 0
     queue_sizes: tuple[int, ...] = (256,)
+    serves_now: bool = False
 
     def __init__(self) -> None:
         self.transport: VirtioMmio | None = None  # set by the transport that carries it
@@ -215,6 +256,13 @@ class VirtioDevice:
 
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver writes ``data`` into the configuration space: ignored where nothing is writable."""
+
+    def serve_now(self, chain: Chain) -> int | None:
+        """Do at once what ``chain`` asks for: how many bytes of it were written; None leaves it to the worker.
+
+        On the vCPU's thread, under the VM's lock: only what is small and cannot block. Raises GuestError.
+        """
+        return None
 
     def workers(self, queues: Sequence[Queue]) -> list[Coroutine[Any, Any, None]]:
         """A coroutine for each thing the device does at once, through all resets. Of what the guest does wrong they
@@ -330,7 +378,7 @@ class VirtioMmio:
         """See :class:`avmm.bus.Device`."""
         if offset == _QUEUE_NOTIFY:
             if size == 4 and value < len(self.queues):
-                self.queues[value].doorbell.ring()
+                self.queues[value].notified()
         elif offset >= _CONFIG:
             self.device.write_config(offset - _CONFIG, value.to_bytes(size, "little"))
         elif size != 4 or offset % 4:
