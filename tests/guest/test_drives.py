@@ -232,7 +232,7 @@ def test_drives_in_the_dry_run_and_in_the_device_tree(debian: Fetched, tmp_path:
     ]
     tree = tmp_path / "tree.dtb"
     subprocess.run([*argv, "--dump-dtb", str(tree), "-d", str(disk), "-d", str(disk), "--net", "none"], check=True)
-    assert tree.read_bytes().count(b"virtio_mmio@") == 3  # two disks and the entropy source
+    assert tree.read_bytes().count(b"virtio_mmio@") == 4  # two disks, entropy, balloon
     wrong = {f"{tmp_path}/none": "No such file", f"{disk},format=vmdk": "raw or qcow2", "/dev/null": "neither a file"}
     for drive, word in wrong.items():
         refused = subprocess.run([*argv, "-d", drive], capture_output=True, text=True, stdin=subprocess.DEVNULL)
