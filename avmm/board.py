@@ -18,6 +18,7 @@ from avmm.devices.virtio.transport import VIRTIO_MMIO_SIZE, EmptySlots, VirtioDe
 from avmm.devices.vmgenid import VmGenId
 from avmm.errors import ConfigError, GuestError
 from avmm.fdt import Node
+from avmm.irq import IrqChip
 from avmm.memory import GRANULE, GuestMemory, Region
 
 
@@ -40,7 +41,7 @@ class Board:
     """Devices fresh from reset, on a bus, under ``lock`` (the VM's). A machine that resets gets a new one.
 
     ``virtio`` are the devices in the virtio slots from the first on, their queues in ``memory``;
-    ``batch`` takes the UART's output, see :class:`Pl011`.
+    ``batch`` takes the UART's output, see :class:`Pl011`. ``irqchip``: the hypervisor's, fresh from reset; None: our own.
     """
 
     def __init__(
@@ -51,26 +52,38 @@ class Board:
         memory: GuestMemory,
         virtio: Sequence[VirtioDevice],
         batch: Batch | None = None,
+        irqchip: IrqChip | None = None,
     ) -> None:
         self.bus = Bus()
-        self.gic = Gicv3(lock, cpus)
-        self.bus.add(machine.GICD_BASE, machine.GICD_SIZE, self.gic.distributor, "GICv3 distributor")
-        self.bus.add(machine.GICR_BASE, self.gic.redistributors_size, self.gic.redistributors, "GICv3 redistributors")
-        self.uart = Pl011(lock, self.gic.spi(machine.PL011.spi), serial, batch)
+        self.irqchip = irqchip or self._gicv3(lock, cpus)
+        self.uart = Pl011(lock, self.irqchip.spi(machine.PL011.spi), serial, batch)
         self.bus.add(machine.PL011.base, machine.PL011.size, self.uart, "PL011")
-        self.rtc = Pl031(lock, self.gic.spi(machine.PL031.spi))
+        self.rtc = Pl031(lock, self.irqchip.spi(machine.PL031.spi))
         self.bus.add(machine.PL031.base, machine.PL031.size, self.rtc, "PL031")
-        self.generation = VmGenId(self.gic.spi(machine.VMGENID.spi), memory, machine.VMGENID.base)
+        self.generation = VmGenId(self.irqchip.spi(machine.VMGENID.spi), memory, machine.VMGENID.base)
         self.virtio: list[VirtioMmio] = []
         for index, device in enumerate(virtio):
             slot = machine.virtio_slot(index)
-            transport = VirtioMmio(lock, self.gic.spi(slot.spi), memory, device)
+            transport = VirtioMmio(lock, self.irqchip.spi(slot.spi), memory, device)
             self.bus.add(slot.base, slot.size, transport, f"virtio-{device.name}")
             self.virtio.append(transport)
         free = machine.VIRTIO_SLOTS - len(virtio)
         if free:
             first = machine.virtio_slot(len(virtio)).base
             self.bus.add(first, free * VIRTIO_MMIO_SIZE, EmptySlots(), "empty virtio slots")
+
+    def _gicv3(self, lock: threading.RLock, cpus: int) -> Gicv3:
+        gic = Gicv3(lock, cpus)
+        self.bus.add(machine.GICD_BASE, machine.GICD_SIZE, gic.distributor, "GICv3 distributor")
+        self.bus.add(machine.GICR_BASE, gic.redistributors_size, gic.redistributors, "GICv3 redistributors")
+        return gic
+
+    @property
+    def gic(self) -> Gicv3:
+        """Our own interrupt controller, with state to be saved. Raises ConfigError where it is the hypervisor's."""
+        if not isinstance(self.irqchip, Gicv3):
+            raise ConfigError("the state of the hypervisor's own GIC cannot be saved: use --irqchip avmm")
+        return self.irqchip
 
     def nodes(self) -> list[Node]:
         """The devices' own device-tree nodes."""

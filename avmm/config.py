@@ -31,6 +31,9 @@ HALT_POLL_MAX = 1_000_000
 #: `panic=-1` makes a panicking kernel reset at once, which is how we learn of it.
 DEFAULT_CMDLINE = "console=ttyAMA0 panic=-1"
 
+#: Whose interrupt controller: ours, or one inside the hypervisor.
+IRQCHIPS = ("avmm", "hypervisor")
+
 ENGINES = ("auto", "framework", "softhv", "softhv,interpreter", "softhv,turns")
 
 #: Where the agent is in the guest's initrd; beside it, a link called ``init`` to the program it makes way for.
@@ -298,6 +301,7 @@ class VmConfig:
     vsock: tuple[VsockConfig, ...] | None = None
     agent: str | None = None
     halt_poll: int = 0
+    irqchip: str = "avmm"
 
     @property
     def bootargs(self) -> str:
@@ -326,6 +330,7 @@ class VmConfig:
         vsock: bool | Sequence[str | VsockConfig] = False,
         agent: bool = False,
         halt_poll: str | int = 0,
+        irqchip: str = "avmm",
     ) -> VmConfig:
         """Check everything that can be checked without opening a file. Raises ConfigError.
 
@@ -343,6 +348,10 @@ class VmConfig:
             raise ConfigError(f"a VM has 1 to {CPUS_MAX} CPUs, not {cpus}")
         if engine not in ENGINES:
             raise ConfigError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
+        if irqchip not in IRQCHIPS:
+            raise ConfigError(f"unknown irqchip {irqchip!r}; choose one of {', '.join(IRQCHIPS)}")
+        if irqchip == "hypervisor" and faults:
+            raise ConfigError("faults concern exits that --irqchip hypervisor does not make: use --irqchip avmm")
         line = DEFAULT_CMDLINE if cmdline is None else cmdline
         line = " ".join(part for part in (line.strip(), append.strip()) if part)
         first = None
@@ -379,6 +388,7 @@ class VmConfig:
             vsock=vsock_configs(vsock),
             agent=first,
             halt_poll=duration("halt-poll", halt_poll) if isinstance(halt_poll, str) else halt_poll,
+            irqchip=irqchip,
         )
         if not 0 <= config.halt_poll <= HALT_POLL_MAX:
             raise ConfigError(f"a halt poll takes up to {HALT_POLL_MAX // 1000} us, not {halt_poll}")

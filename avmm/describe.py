@@ -45,6 +45,7 @@ def describe(config: VmConfig) -> dict[str, Any]:
         "cpus": config.cpus,
         "halt_poll": config.halt_poll,
         "engine": engine,
+        "irqchip": config.irqchip,
         "reboot": config.reboot,
         "agent": config.agent is not None,
         "faults": None if config.faults is None else asdict(config.faults),

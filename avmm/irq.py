@@ -46,7 +46,13 @@ class IrqSink(Protocol):
 
 
 class IrqChip(Protocol):
-    """An interrupt controller: ours (GICv3) or the hypervisor's own."""
+    """An interrupt controller: ours (GICv3) or the hypervisor's own.
+
+    ``inside``: it is the hypervisor's. The virtual timer interrupts and a WFI waits inside the guest then.
+    """
+
+    @property
+    def inside(self) -> bool: ...
 
     def connect(self, index: int, mpidr: int, sink: IrqSink) -> None:
         """Attach vCPU ``index`` whose MPIDR_EL1 affinity is ``mpidr``. Before the VM runs."""

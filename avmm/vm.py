@@ -28,7 +28,7 @@ from avmm.attachments.base import Attachment
 from avmm.backends.serial import SerialLine
 from avmm.board import Board, id_page
 from avmm.bootloader.loader import ENTROPY_SIZE, Entry, load_linux
-from avmm.bootloader.machine import PL011, RAM_BASE
+from avmm.bootloader.machine import GICD_BASE, GICR_BASE, PL011, RAM_BASE
 from avmm.clock import Clock, DeadlineTimers
 from avmm.config import (
     DriveLike,
@@ -57,7 +57,7 @@ from avmm.snapshot.machine import Parts, restore_machine, save_machine
 from avmm.snapshot.origin import Origin
 from avmm.trace import Trace
 from avmm.vcpu import sysregs
-from avmm.vcpu.loop import Event, VcpuLoop
+from avmm.vcpu.loop import Event, VcpuLoop, create_all
 from avmm.vcpu.loop import Outcome as VcpuOutcome
 from avmm.vcpu.psci import Psci
 from avmm.vcpu.state import VcpuState
@@ -435,7 +435,8 @@ class VirtualMachine(Commands, Equipment):
         if self._board is not None:
             self._board.close()
         devices = [each.device() for each in self._attachments]
-        board = self._board = Board(self._lock, cpus, self._line, self._memory, devices, self._batch)
+        irqchip = self._hypervisor.gic(GICD_BASE, GICR_BASE) if self.config.irqchip == "hypervisor" else None
+        board = self._board = Board(self._lock, cpus, self._line, self._memory, devices, self._batch, irqchip)
         self._line.collect = board.uart.collect
         self._psci = Psci(self._is_ram)
         for kind in ExitKind:
@@ -445,7 +446,7 @@ class VirtualMachine(Commands, Equipment):
                 index,
                 hypervisor=self._hypervisor,
                 bus=board.bus,
-                irqchip=board.gic,
+                irqchip=board.irqchip,
                 psci=self._psci,
                 clock=self._clock,
                 timers=timers,
@@ -521,6 +522,8 @@ class VirtualMachine(Commands, Equipment):
         board, psci = self._board, self._psci
         assert board is not None
         assert psci is not None
+        if board.irqchip.inside:
+            await create_all(self._vcpus)
         async with asyncio.TaskGroup() as tasks:
             coroutines = board.coroutines()
             if self._trace is not None:
@@ -625,6 +628,7 @@ def boot(
     shares: Sequence[ShareLike] = (),
     vsock: bool | Sequence[str | VsockConfig] = False,
     halt_poll: str | int = 0,
+    irqchip: str = "avmm",
     keep_output: int | None = None,
     monitor: bool = False,
     trace: str | os.PathLike[str] | None = None,
@@ -646,6 +650,7 @@ def boot(
     ``agent``: put avmm's agent into the initrd, where there is one, so that ``vm.run("uname", "-r")`` and the like work
     (:class:`avmm.guest.exec.Commands`).
     ``halt_poll``: how long at most, in nanoseconds or as ``"200us"``, a vCPU polls before it sleeps (docs/wfi.md).
+    ``irqchip``: ``"hypervisor"`` for the engine's own interrupt controller (docs/wfi.md).
     Raises ConfigError at once, ImageError and EngineError when it starts.
     """
     config = VmConfig.resolve(
@@ -667,6 +672,7 @@ def boot(
         vsock=vsock,
         agent=agent,
         halt_poll=halt_poll,
+        irqchip=irqchip,
     )
 
     async def make() -> VirtualMachine:

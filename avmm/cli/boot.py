@@ -29,6 +29,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--engine", default="auto", help="auto, framework, softhv, softhv,interpreter or softhv,turns (default auto)"
     )
     p.add_argument("--fault", metavar="SPEC", help="make softhv misbehave, as in unknown=0.1,late-kick=200us")
+    p.add_argument("--irqchip", default="avmm", help="avmm or hypervisor: whose interrupt controller (default avmm)")
     p.add_argument(
         "-d", "--drive", metavar="PATH[,ro][,snapshot][,format=raw|qcow2]", action="append", default=[], dest="drives",
         help="a disk, /dev/vda and on; ro: read only, snapshot: forget what is written (repeat for more)",
@@ -107,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
         vsock=args.vsock,
         agent=args.guest_command is not None,
         halt_poll=args.halt_poll,
+        irqchip=args.irqchip,
     )
     if args.dry_run:
         import json

@@ -1,7 +1,7 @@
 """How the C parts are built: one cffi module per engine, from the same declarations.
 
-    avmm.hypervisor._softhv       hv.h + frame.h + softhv/softhv.h, with our own engine behind them; everywhere
-    avmm.hypervisor._framework    hv.h + frame.h, compiled against Apple's headers; macOS on Apple silicon
+    avmm.hypervisor._softhv       hv.h, hv_gic.h, frame.h, irqchip.h, softhv/softhv.h: our own engine; everywhere
+    avmm.hypervisor._framework    hv.h, frame.h, irqchip.h, compiled against Apple's headers; macOS on Apple silicon
 
 ``python setup.py build_ext --inplace`` rebuilds what has changed. AVMM_SANITIZE=1 in the environment adds
 AddressSanitizer and UBSan (the interpreter then needs libasan preloaded).
@@ -26,7 +26,8 @@ THIS = f"{HERE}/_build.py"
 
 FLAGS = ["-std=c11", "-O2", "-g", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-SHARED = [f"{HERE}/frame.c", f"{HERE}/gate.c", f"{HERE}/uart.c"]  # on top of hv_*, in either build
+#: On top of hv_*, in either build.
+SHARED = [f"{HERE}/{name}.c" for name in ("frame", "gate", "irqchip", "uart")]
 SANITIZE = os.environ.get("AVMM_SANITIZE") == "1"
 COMPILE = FLAGS + SANITIZERS if SANITIZE else FLAGS
 MACOS = "-mmacosx-version-min=13.0"  # the first with hv_vm_config_get_default_ipa_size
@@ -41,12 +42,13 @@ def declarations(*names: str) -> str:
 def softhv() -> FFI:
     """The module around our own engine."""
     ffi = FFI()
-    ffi.cdef(declarations("hv.h", "frame.h", "softhv/softhv.h"))
+    ffi.cdef(declarations("hv.h", "hv_gic.h", "frame.h", "irqchip.h", "softhv/softhv.h"))
     sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / HERE / "softhv").glob("*.c"))
     ffi.set_source(
         "avmm.hypervisor._softhv",
         "#include <stdbool.h>\n#include <stddef.h>\n#include <stdint.h>\n"
-        '#include "hv.h"\n#include "frame.h"\n#include "softhv/softhv.h"\n',
+        '#include "hv.h"\n#include "hv_gic.h"\n#include "frame.h"\n#include "irqchip.h"\n'
+        '#include "softhv/softhv.h"\n',
         sources=[*sources, *SHARED],
         include_dirs=[HERE],
         extra_compile_args=[*COMPILE, "-pthread"],
@@ -59,10 +61,10 @@ def softhv() -> FFI:
 def framework() -> FFI:
     """The module around Apple's framework. Its headers take hv.h's place, so the compiler checks our declarations."""
     ffi = FFI()
-    ffi.cdef(declarations("hv.h", "frame.h"))
+    ffi.cdef(declarations("hv.h", "frame.h", "irqchip.h"))
     ffi.set_source(
         "avmm.hypervisor._framework",
-        '#include <Hypervisor/Hypervisor.h>\n#include "frame.h"\n',
+        '#include <Hypervisor/Hypervisor.h>\n#include "frame.h"\n#include "irqchip.h"\n',
         sources=SHARED,
         include_dirs=[HERE],
         extra_compile_args=[*COMPILE, MACOS],

@@ -12,7 +12,10 @@ from typing import Any, NoReturn, cast
 
 from avmm.errors import EngineError
 from avmm.hypervisor.base import Capabilities, Frame
+from avmm.hypervisor.gic import HypervisorGic
 from avmm.memory import Region
+
+UNSUPPORTED = 0xFAE9400F
 
 #: ``hv_return_t`` by its unsigned value.
 RETURN_CODES = {
@@ -217,6 +220,7 @@ class NativeHypervisor:
         self._ffi, self._lib = ffi, lib
         self._mapped: dict[int, tuple[Region, Any]] = {}
         self._uart: NativeUartBatch | None = None
+        self._gic: HypervisorGic | None = None
         self._closed = False
         self._create()
         self.capabilities = Capabilities(
@@ -273,6 +277,43 @@ class NativeHypervisor:
             fail(f"hv_vm_unmap({region.base:#x}, {region.size:#x})", code)
         _, buffer = self._mapped.pop(region.base)
         self._ffi.release(buffer)
+
+    def gic(self, distributor: int, redistributors: int) -> HypervisorGic:
+        """See :class:`avmm.hypervisor.base.Hypervisor`."""
+        if self._gic is None:
+            self._enter()
+            code = self._lib.avmm_gic_create(distributor, redistributors)
+            if code and code & 0xFFFF_FFFF == UNSUPPORTED:
+                raise EngineError(f"{self.name} has no GIC of its own here (macOS 15 has): use --irqchip avmm", code)
+            if code:
+                fail("hv_gic_create", code)
+            self._gic = HypervisorGic(self)
+        else:
+            self._gic.reset()
+        return self._gic
+
+    def reset_gic(self) -> None:
+        """The GIC as at first, but for its inputs; while no vCPU exists."""
+        self._enter()
+        code = self._lib.avmm_gic_reset()
+        if code:
+            fail("hv_gic_reset", code)
+
+    def set_spi(self, intid: int, level: bool) -> None:
+        """Drive an input of the GIC. Any thread."""
+        self._enter()
+        code = self._lib.avmm_gic_set_spi(intid, level)
+        if code:
+            fail(f"hv_gic_set_spi({intid})", code)
+
+    def spi_range(self) -> tuple[int, int]:
+        """The first INTID of the GIC's shared interrupts, and how many there are."""
+        first, count = self._ffi.new("uint32_t *"), self._ffi.new("uint32_t *")
+        self._enter()
+        code = self._lib.avmm_gic_spi_range(first, count)
+        if code:
+            fail("hv_gic_get_spi_interrupt_range", code)
+        return first[0], count[0]
 
     def host_wrote(self, gpa: int, length: int) -> None:
         """The host wrote guest RAM: drop what was derived from the old contents. Any thread."""

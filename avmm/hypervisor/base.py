@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, Protocol
 
+from avmm.irq import IrqChip
 from avmm.memory import Region
 
 
@@ -224,6 +225,13 @@ class Hypervisor(Protocol):
 
     def batch_uart(self, base: int) -> UartBatch:
         """A batch, closed, for the UART at ``base``; vCPUs that are created from now on use it. Raises EngineError."""
+        ...
+
+    def gic(self, distributor: int, redistributors: int) -> IrqChip:
+        """The engine's own GICv3, fresh from reset, its registers at these addresses: before there are vCPUs.
+
+        All of them must exist before one runs. Raises EngineError where there is none.
+        """
         ...
 
     def create_vcpu(self) -> Vcpu:

@@ -30,6 +30,7 @@ class Parts:
 
 async def save_machine(parts: Parts) -> MachineState:
     """The state of a machine that is paused."""
+    _ = parts.board.gic  # or there is none, before anything is touched
     # The vCPUs first: to save one may raise its timer's interrupt.
     vcpus = await asyncio.gather(*(vcpu.save() for vcpu in parts.vcpus))
     parts.line.flush()

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Protocol, TypeVar
@@ -447,6 +447,8 @@ class VcpuLoop:
         will not make one later either. A timer that is due the engine raises from inside run(); one that it has
         not raised by the guest's next WFI we raise, or the guest would go round until the engine does.
         """
+        if self._irqchip.inside:  # nothing would wake us; a guest that asks by a call may go on at any time
+            return None
         deadline = None if self._vtimer_masked else self._clock.deadline(ctl, cval)
         if deadline == EXPIRED:
             if cval == self._overdue:
@@ -546,7 +548,8 @@ class VcpuLoop:
         self._wfe_run += 1
         if self._wfe_run < _WFE_SPINS:
             return None
-        if self._wfe_run >= _WFE_DOZES and self._park(self._clock.now_ns() + _WFE_NAP_NS):
+        may_park = self._wfe_run >= _WFE_DOZES and not self._irqchip.inside
+        if may_park and self._park(self._clock.now_ns() + _WFE_NAP_NS):
             return Event.PARK
         self._lock.release()
         try:
@@ -621,3 +624,17 @@ class VcpuLoop:
     def cpu_ns(self) -> int | None:
         """CPU time of the vCPU's thread, in nanoseconds; None while it has none."""
         return None if self._thread is None else self._thread.cpu_ns
+
+
+async def create_all(vcpus: Sequence[VcpuLoop]) -> None:
+    """Start every vCPU, one after another, before any runs: an interrupt controller inside the hypervisor wants it so.
+
+    Raises EngineError, and leaves none then.
+    """
+    try:
+        for vcpu in vcpus:
+            await vcpu.start()
+    except BaseException:
+        for vcpu in vcpus:
+            await vcpu.close()
+        raise

@@ -26,7 +26,7 @@ BELOW = {
     "ram": {"errors"},
     "snapfile": {"errors"},
     "config": {"errors", "faults", "link"},
-    "hypervisor": {"errors", "faults", "memory"},
+    "hypervisor": {"errors", "faults", "irq", "memory"},
     "vcpu": {"errors", "bus", "clock", "hypervisor", "irq", "aio"},
     "devices": {"errors", "fdt", "irq", "link", "memory", "bus", "aio", "log"},
     "backends": {"errors", "link", "memory", "aio", "log"},

@@ -70,6 +70,8 @@ class Gicv3:
     bytes). Implements :class:`avmm.irq.IrqChip`.
     """
 
+    inside: Final = False
+
     def __init__(self, lock: threading.RLock, vcpus: int, intids: int = 256) -> None:
         if vcpus < 1:
             raise ValueError(f"a GIC needs at least one vCPU, not {vcpus}")

@@ -4,7 +4,7 @@
  *   vm.c         VMs, guest RAM, hv_vm_*                    mmu.c        page table walks, the TLB
  *   vcpu.c       vCPU life, registers, kicks                exception.c  taking exceptions to EL1
  *   run.c        hv_vcpu_run: dispatch, polling, the timer  sysreg.c     system registers
- *   mail.c       what vCPUs make each other forget
+ *   mail.c       what vCPUs make each other forget          gic.c        an interrupt controller inside, on request
  *   decode.c     tables, instruction -> uop, blocks         code.c       the cache of blocks
  *   exec_int.c   data processing, branches                  exec_fp.c    scalar floating point
  *   exec_mem.c   loads, stores, atomics, exclusives         exec_simd*.c Advanced SIMD
@@ -29,6 +29,7 @@
 #include <string.h>
 
 #include "../hv.h"
+#include "../hv_gic.h"
 #include "fpu.h"
 #include "softhv.h"
 
@@ -81,6 +82,8 @@ typedef union {
 struct vm;
 struct vcpu;
 struct block;
+struct gic;
+struct gic_cpu;
 
 /* ---- Decoded instructions --------------------------------------------------------------------------------------- */
 
@@ -251,7 +254,8 @@ enum {
     POLL_TURN = 2,       /* another vCPU waits for its turn; looked at when the budget is used up */
     POLL_MAIL = 4,       /* there is mail */
     POLL_STOP = 8,       /* the memory map is about to change: leave the guest; only while in there */
-    POLL_NOW = POLL_EXIT | POLL_MAIL | POLL_STOP, /* looked at before every block */
+    POLL_GIC = 16,       /* the GIC's IRQ output has changed */
+    POLL_NOW = POLL_EXIT | POLL_MAIL | POLL_STOP | POLL_GIC, /* looked at before every block */
 };
 
 /* What a vCPU has to forget before it runs on; written by any thread, read by its own. */
@@ -328,6 +332,7 @@ struct vcpu {
     uint64_t link_gen[2]; /* by EL: changes, and never back, whenever anything leaves jump[el]; in no two ELs equal */
     uint64_t link_now;    /* the current EL's */
     struct vm *vm;
+    struct gic_cpu *gic; /* gic.c's; NULL: interrupts are the host's */
     hv_vcpu_t handle;
     /* Turns, under vm->lock. */
     pthread_cond_t my_turn;
@@ -514,6 +519,22 @@ void mail_moved(struct vm *vm);  /* vm->lock held: wake those who wait for other
 void mail_wait(struct vcpu *c);  /* the same; while mail_sync() waits for others, make room: until c is asked out */
 void tlbi(struct vcpu *c, unsigned op, uint64_t argument); /* exec_sys.c: on this vCPU */
 
+/* ---- gic.c: only where c->gic is set ---------------------------------------------------------------------------- */
+
+extern uint8_t gic_registers[]; /* in the place of a host address: an access goes to gic_read() or gic_write() */
+bool gic_has(const struct vcpu *c, uint64_t pa);
+void gic_read(struct vcpu *c, uint64_t pa, unsigned size, void *out);
+void gic_write(struct vcpu *c, uint64_t pa, unsigned size, const void *in);
+bool gic_mrs(struct vcpu *c, uint32_t reg, uint64_t *value); /* false: UNDEFINED */
+bool gic_msr(struct vcpu *c, uint32_t reg, uint64_t value);
+void gic_poll(struct vcpu *c); /* the timer's interrupt and irq_line, as they are now */
+bool gic_wait(struct vcpu *c); /* WFI: until an interrupt or a kick; as guest_enter() */
+void gic_wake(struct vcpu *c); /* look at poll again; any thread */
+void gic_join(struct vcpu *c, struct gic *gic);
+void gic_part(struct vcpu *c);
+void gic_set_affinity(struct vcpu *c); /* it follows MPIDR_EL1 */
+void gic_destroy(struct gic *gic);
+
 /* ---- fault.c: hooks for a VM with vm->faults ------------------------------------------------------------------------------ */
 
 bool fault_fast_counter(const struct vm *vm);
@@ -590,6 +611,7 @@ struct vm {
     _Atomic uint64_t exclusive[EXCLUSIVE_SLOTS]; /* by address: exec_atomic.c */
     uint32_t ipa_bits;
     _Atomic bool created;
+    struct gic *gic;       /* NULL: none inside */
     struct faults *faults; /* NULL: it behaves */
 };
 /* The RAM region that holds ipa, or NULL. Only by a vCPU inside the guest, or under the lock. */

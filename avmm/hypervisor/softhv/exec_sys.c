@@ -113,6 +113,16 @@ static bool wait_for(struct vcpu *c, const struct uop *u, uint32_t ti, uint64_t 
 }
 
 OP(wfi) {
+    if (unlikely(c->gic != NULL) && (c->el || c->sys.sctlr & SCTLR_NTWI)) {
+        c->pc = pc_of(c, u) + 4;
+        bool completes = gic_wait(c);
+        if (!completes) {
+            c->exit = (hv_vcpu_exit_t){.reason = HV_EXIT_REASON_CANCELED};
+            c->exiting = true;
+        }
+        force_poll(c);
+        return completes;
+    }
     if (unlikely(c->vm->faults != NULL) && c->el) {
         enum fault_wfi how = fault_wfi(c, pc_of(c, u) + 4);
         if (how != WFI_EXITS) {

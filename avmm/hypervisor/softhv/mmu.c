@@ -389,7 +389,7 @@ static unsigned alignment_unit(uint32_t insn, unsigned size) {
     return unit < size ? unit : size;
 }
 
-/* One page's part of an access: its host address. NULL: exception taken or exit prepared. */
+/* One page's part of an access: its host address, or gic_registers for a whole one. NULL: exception taken or exit prepared. */
 static uint8_t *resolve(struct vcpu *c, const struct uop *u, uint64_t va, unsigned idx, bool write, bool aligned,
                         bool whole, uint64_t *pa) {
     struct translation t = mmu_translate(c, va, write ? ACCESS_WRITE : ACCESS_READ, idx);
@@ -401,6 +401,10 @@ static uint8_t *resolve(struct vcpu *c, const struct uop *u, uint64_t va, unsign
     }
     struct ram *ram = vm_ram(c->vm, t.pa);
     if (unlikely(!ram || !(ram->flags & (write ? HV_MEMORY_WRITE : HV_MEMORY_READ)))) {
+        if (!ram && c->gic && whole && access_syndrome(u->insn) && gic_has(c, t.pa)) {
+            *pa = t.pa;
+            return gic_registers;
+        }
         exit_access(c, u, va, t.pa, write, whole, ram);
         return NULL;
     }
@@ -413,6 +417,7 @@ static uint8_t *resolve(struct vcpu *c, const struct uop *u, uint64_t va, unsign
 struct span {
     uint8_t *low, *high; /* high: on the second page, or NULL */
     unsigned split;      /* bytes on the first */
+    uint64_t pa;         /* of the GIC's register where low is gic_registers */
 };
 
 static bool resolve_span(struct vcpu *c, const struct uop *u, uint64_t va, unsigned size, unsigned idx, bool write,
@@ -424,7 +429,7 @@ static bool resolve_span(struct vcpu *c, const struct uop *u, uint64_t va, unsig
     bool crossing = size > room;
     span->split = crossing ? room : size;
     span->high = NULL;
-    span->low = resolve(c, u, va, idx, write, aligned, !crossing, NULL);
+    span->low = resolve(c, u, va, idx, write, aligned, !crossing, &span->pa);
     if (span->low && crossing) {
         span->high = resolve(c, u, va + room, idx, write, aligned, false, NULL);
         return span->high;
@@ -449,6 +454,10 @@ bool mem_read_slow(struct vcpu *c, const struct uop *u, uint64_t va, unsigned si
     struct span span;
     if (!resolve_span(c, u, va, size, idx, false, &span))
         return false;
+    if (unlikely(span.low == gic_registers)) {
+        gic_read(c, span.pa, size, out);
+        return true;
+    }
     guest_copy(out, span.low, span.split);
     if (span.high)
         guest_copy((uint8_t *)out + span.split, span.high, size - span.split);
@@ -459,6 +468,10 @@ bool mem_write_slow(struct vcpu *c, const struct uop *u, uint64_t va, unsigned s
     struct span span;
     if (!resolve_span(c, u, va, size, idx, true, &span))
         return false;
+    if (unlikely(span.low == gic_registers)) {
+        gic_write(c, span.pa, size, in);
+        return true;
+    }
     guest_copy(span.low, in, span.split);
     if (span.high)
         guest_copy(span.high, (const uint8_t *)in + span.split, size - span.split);

@@ -174,7 +174,10 @@ static void poll(struct vcpu *c) {
         return exit_to_host(c, HV_EXIT_REASON_CANCELED);
     if (why & POLL_TURN && host_ns() - c->turn_start >= TURN_NS && !guest_yield(c))
         return exit_to_host(c, HV_EXIT_REASON_CANCELED);
-    if (!c->vtimer_masked && vtimer_due(c) && !(unlikely(c->vm->faults != NULL) && fault_vtimer_waits(c))) {
+    if (c->gic) {
+        gic_poll(c);
+    } else if (!c->vtimer_masked && vtimer_due(c) &&
+               !(unlikely(c->vm->faults != NULL) && fault_vtimer_waits(c))) {
         c->vtimer_masked = true;
         return exit_to_host(c, HV_EXIT_REASON_VTIMER_ACTIVATED);
     }
@@ -274,6 +277,8 @@ void vcpu_run(struct vcpu *c) {
     } else if (atomic_load(&c->poll) & POLL_EXIT || !guest_enter(c)) {
         exit_to_host(c, HV_EXIT_REASON_CANCELED);
     } else {
+        if (c->gic)
+            gic_poll(c);
         run(c);
         if (atomic_load(&c->inside)) /* else asked to exit while yielding */
             guest_leave(c);

@@ -292,7 +292,7 @@ uint32_t sysreg_iss(uint32_t insn) { /* D17.2.37, EC 0x18 */
            bits(insn, 0, 5) << 5 | bits(insn, 8, 4) << 1 | bits(insn, 21, 1);
 }
 
-/* The GIC's CPU interface is the host's: ICC_PMR_EL1 and the ICC registers of CRn 12. */
+/* The GIC's CPU interface is the host's, or gic.c's: ICC_PMR_EL1 and the ICC registers of CRn 12. */
 static bool is_icc(uint32_t reg) {
     uint32_t crm = reg >> 3 & 15;
     return reg == ICC_PMR || ((reg & ~SYSREG(0, 0, 0, 15, 7)) == SYSREG(3, 0, 12, 0, 0) && crm >= 8 && crm <= 12);
@@ -339,7 +339,7 @@ static bool accessible(struct vcpu *c, const struct uop *u, uint32_t reg, bool w
             return exc_undef(c, u);
         if (access == EL0_TRAP)
             return exc_sysreg_trap(c, u, sysreg_iss(u->insn));
-    } else if (is_icc(reg)) {
+    } else if (is_icc(reg) && !c->gic) {
         return exit_exception(c, pc_of(c, u), syndrome(EC_SYSREG, sysreg_iss(u->insn)), 0, 0);
     } else if ((reg >> 11 & 7) >= 4 || (reg == SP_EL0 && !c->spsel)) {
         return exc_undef(c, u); /* EL2 and EL3 are not there; SP_EL0 is the stack pointer in use */
@@ -352,12 +352,16 @@ static bool accessible(struct vcpu *c, const struct uop *u, uint32_t reg, bool w
 bool sysreg_mrs(struct vcpu *c, const struct uop *u, uint32_t reg, uint64_t *value) {
     if (!accessible(c, u, reg, false))
         return false;
+    if (unlikely(c->gic != NULL) && is_icc(reg))
+        return gic_mrs(c, reg, value) || exc_undef(c, u);
     return read_reg(c, reg, value) || exc_unimplemented(c, u);
 }
 
 bool sysreg_msr(struct vcpu *c, const struct uop *u, uint32_t reg, uint64_t value) {
     if (!accessible(c, u, reg, true))
         return false;
+    if (unlikely(c->gic != NULL) && is_icc(reg))
+        return gic_msr(c, reg, value) || exc_undef(c, u);
     return write_reg(c, reg, value) || exc_unimplemented(c, u);
 }
 
@@ -372,15 +376,18 @@ hv_return_t sysreg_host_get(struct vcpu *c, hv_sys_reg_t reg, uint64_t *value) {
 }
 
 hv_return_t sysreg_host_set(struct vcpu *c, hv_sys_reg_t reg, uint64_t value) {
-    if (reg >= ID_FIRST && reg <= ID_LAST)
+    if (reg >= ID_FIRST && reg <= ID_LAST) {
         c->sys.id[reg & 0x3f] = value;
-    else if (reg == MIDR)
+    } else if (reg == MIDR) {
         c->sys.midr = value;
-    else if (reg == MPIDR)
+    } else if (reg == MPIDR) {
         c->sys.mpidr = value;
-    else if (reg == SP_EL1)
+        if (c->gic)
+            gic_set_affinity(c);
+    } else if (reg == SP_EL1) {
         *(c->spsel ? &c->x[R_SP] : &c->sys.sp_el1) = value;
-    else
+    } else {
         return write_reg(c, reg, value) ? HV_SUCCESS : HV_BAD_ARGUMENT;
+    }
     return HV_SUCCESS;
 }

@@ -58,6 +58,8 @@ static hv_return_t join_vm(struct vm *vm, struct vcpu *c) {
         c->map_gen = vm->map_gen;
     }
     pthread_mutex_unlock(&vm->lock);
+    if (room && vm->gic)
+        gic_join(c, vm->gic);
     return room ? HV_SUCCESS : HV_NO_RESOURCES;
 }
 
@@ -122,6 +124,8 @@ hv_return_t hv_vcpu_destroy(hv_vcpu_t vcpu) {
         if (vm->vcpus[i] == c)
             vm->vcpus[i] = vm->vcpus[--vm->vcpu_count];
     pthread_mutex_unlock(&vm->lock);
+    if (c->gic)
+        gic_part(c);
     dispose(c);
     mine = NULL;
     return HV_SUCCESS;
@@ -153,6 +157,8 @@ hv_return_t hv_vcpus_exit(hv_vcpu_t *vcpus, uint32_t vcpu_count) {
             pthread_cond_signal(&c->my_turn);
         mail_moved(c->vm);
         pthread_mutex_unlock(&c->vm->lock);
+        if (c->gic)
+            gic_wake(c);
     }
     pthread_mutex_unlock(&handles_lock);
     return result;

@@ -55,6 +55,7 @@ hv_return_t softhv_vm_free(softhv_vm_t *opaque) {
         return HV_BUSY;
     if (bound == vm)
         bound = NULL;
+    gic_destroy(vm->gic);
     free(vm->faults);
     pthread_cond_destroy(&vm->all_out);
     pthread_cond_destroy(&vm->mail_moved);
@@ -88,6 +89,8 @@ hv_return_t hv_vm_destroy(void) {
     bool busy = vm->vcpu_count;
     if (!busy) {
         vm->ram_count = 0;
+        gic_destroy(vm->gic);
+        vm->gic = NULL;
         vm->created = false;
         vm->map_gen++;
     }
