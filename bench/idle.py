@@ -1,6 +1,6 @@
 """Host CPU of a guest that sits at its shell prompt, and how often its vCPUs really idle (WFI exits a second).
 
-python bench/idle.py [--seconds 10] [-c 1 4] [-n 3] [--everything]
+python bench/idle.py [--seconds 10] [-c 1 4] [-n 3] [--everything] [--irqchip hypervisor]
 
 With --everything avmm's guest has a disk, a network, a shared folder and sockets as well; QEMU's stays as it is.
 """
@@ -31,9 +31,9 @@ def idle(argv: list[str], seconds: float) -> tuple[float, dict[str, float]]:
         return (cpu_seconds(process.pid) - before) / seconds * 100, resident_mib(process.pid)
 
 
-async def wfi_rate(kernel: str, initrd: str, cpus: int, seconds: float) -> float:
+async def wfi_rate(kernel: str, initrd: str, cpus: int, seconds: float, irqchip: str) -> float:
     """WFI exits a second over all vCPUs of an idle guest."""
-    async with avmm.boot(kernel, initrd, cpus=cpus) as vm:
+    async with avmm.boot(kernel, initrd, cpus=cpus, irqchip=irqchip) as vm:
         await vm.console.expect(READY, timeout=120)
         await asyncio.sleep(3)
         before = vm.counters()["exits"]["wfi"]
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("-c", "--cpus", type=int, nargs="+", default=[1, 4])
     parser.add_argument("-n", type=int, default=3, help="runs of each")
+    parser.add_argument("--irqchip", default="avmm", help="avmm or hypervisor")
     parser.add_argument("--everything", action="store_true", help="attach one device of each kind")
     args = parser.parse_args()
     require_qemu()
@@ -68,9 +69,11 @@ def main() -> None:
             command = AVMM.command(fetched.kernel, fetched.initrd, 512, cpus, "")
             if args.everything:
                 command[command.index("--net") + 1] = "user"
+            command += ["--irqchip", args.irqchip]
             ours.append(idle([*command, *more], args.seconds))
             theirs.append(idle(QEMU.command(fetched.kernel, fetched.initrd, 512, cpus, ""), args.seconds))
-        rate = asyncio.run(wfi_rate(os.fspath(fetched.kernel), os.fspath(fetched.initrd), cpus, args.seconds))
+        kernel, initrd = os.fspath(fetched.kernel), os.fspath(fetched.initrd)
+        rate = asyncio.run(wfi_rate(kernel, initrd, cpus, args.seconds, args.irqchip))
         print(f"\n{cpus} vCPU; WFI exits a second with avmm: {rate:.1f}")
         for name, runs in (("avmm", ours), ("QEMU TCG", theirs)):
             memory = runs[-1][1]

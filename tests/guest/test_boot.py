@@ -31,6 +31,22 @@ async def test_debian_reaches_its_shell_and_powers_off(flavour: str, cpus: int, 
             await vm.console.expect(rb"never", timeout=60)
 
 
+@pytest.mark.parametrize("cpus", [1, 2])
+async def test_debian_with_the_hypervisor_s_interrupt_controller(debian: Fetched, cpus: int) -> None:
+    async with avmm.boot(debian.kernel, debian.initrd, cpus=cpus, irqchip="hypervisor") as vm:
+        for _ in range(2):
+            await vm.console.expect(READY, timeout=120)
+            vm.console.write(b"echo $(nproc) of $(uname -m)\n")
+            assert (await vm.console.expect(rb"\n(\d+) of (\w+)\r", timeout=60)).groups() == (b"%d" % cpus, b"aarch64")
+            await vm.pause()
+            await vm.resume()
+            vm.console.write(b"reboot -f\n")
+        await vm.console.expect(READY, timeout=120)
+        vm.console.write(b"poweroff -f\n")
+        assert await vm.wait() == avmm.Outcome("power-off")
+        assert vm.counters()["exits"]["wfi"] == 0
+
+
 @any_life
 async def test_a_pasted_megabyte_arrives_whole(debian: Fetched) -> None:
     text = b"".join(b"%07d\n" % number for number in range(131072))

@@ -15,7 +15,7 @@ from typing import Final
 from avmm.clock import Clock
 from avmm.hypervisor._softhv import ffi, lib
 from avmm.hypervisor.base import ENTER, Capabilities, ExitKind, Finish, Frame, Reg, UartBatch, Vcpu
-from avmm.irq import IrqLine, IrqSink
+from avmm.irq import IrqChip, IrqLine, IrqSink
 from avmm.memory import Region
 from avmm.vcpu import sysregs
 
@@ -238,6 +238,9 @@ class FakeHypervisor:
     def batch_uart(self, base: int) -> UartBatch:
         raise NotImplementedError
 
+    def gic(self, distributor: int, redistributors: int) -> IrqChip:
+        raise NotImplementedError
+
     def create_vcpu(self) -> Vcpu:
         index = int(threading.current_thread().name.removeprefix("avmm-vcpu"))
         self.vcpus[index] = FakeVcpu(self._guests[index], self._clock, lose_kicks=self._lose_kicks)
@@ -269,6 +272,8 @@ class FakeChip:
     """
 
     ACK: Final = 0xC660
+
+    inside: Final = False
 
     def __init__(self, lock: threading.RLock) -> None:
         self._lock = lock

@@ -93,6 +93,10 @@ def test_bad_cpus(good: Path, cpus: str) -> None:
     refused(avmm("boot", good, f"--cpus={cpus}"))
 
 
+def test_bad_irqchip(good: Path) -> None:
+    refused(avmm("boot", good, "--irqchip=gicv2"), "avmm, hypervisor")
+
+
 @pytest.mark.parametrize("time", ["-1us", "2ms", "fast", "200"])
 def test_bad_halt_poll(good: Path, time: str) -> None:
     refused(avmm("boot", good, f"--halt-poll={time}"), "us")

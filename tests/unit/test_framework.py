@@ -142,6 +142,9 @@ def test_all_files_of_the_build_compile_with_apple_s_types(tmp_path: Path) -> No
     header = tmp_path / "Hypervisor" / "Hypervisor.h"
     header.parent.mkdir()
     header.write_text(APPLE_TYPES + functions[functions.index("hv_return_t hv_vm_create") :] + simd)
+    objects = tmp_path / "os" / "object.h"
+    objects.parent.mkdir()
+    objects.write_text("void os_release(void *object);\n")
     macos = tmp_path / "macos.h"
     macos.write_text(MACOS)
     build = run_path(str(source / "_build.py"))
@@ -152,7 +155,8 @@ def test_all_files_of_the_build_compile_with_apple_s_types(tmp_path: Path) -> No
         "-I", tmp_path, "-I", source, "-I", sysconfig.get_path("include"),
     ]  # fmt: skip
     apple: list[str | Path] = ["-D__APPLE__", "-include", macos]
-    runs: list[list[str | Path]] = [[module], *([*apple, source / name] for name in ("frame.c", "gate.c", "uart.c"))]
+    shared = ("frame.c", "gate.c", "irqchip.c", "uart.c")
+    runs: list[list[str | Path]] = [[module], *([*apple, source / name] for name in shared)]
     for options in runs:
         done = subprocess.run([*check, *options], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
