@@ -100,7 +100,6 @@ async def test_no_twin_and_no_snapshot(tmp_path: Path) -> None:
             await vm.snapshot(tmp_path / "snapshot")
         vm.console.write(b"r")
         await vm.console.expect(rb"ticks (\d+)\r\n", timeout=60)
-    assert not list(tmp_path.glob("snap*"))
 
 
 def test_what_cannot_be() -> None:
