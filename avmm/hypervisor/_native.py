@@ -336,6 +336,8 @@ class NativeHypervisor:
         """Destroy the VM, its vCPUs being closed already; a second call does nothing."""
         if self._closed:
             return
+        if self._gic is not None:
+            self._gic.close()
         self._enter()
         self._destroy()
         self._closed = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Final
 
 from avmm.errors import EngineError
@@ -21,6 +22,8 @@ class HypervisorGic:
     def __init__(self, hypervisor: NativeHypervisor) -> None:
         self._hypervisor = hypervisor
         self._spis: dict[int, Spi] = {}
+        self._lock = threading.Lock()
+        self._closed = False
 
     def connect(self, index: int, mpidr: int, sink: IrqSink) -> None:
         """Nothing to do: the hypervisor knows its vCPUs."""
@@ -30,7 +33,18 @@ class HypervisorGic:
         first, count = self._hypervisor.spi_range()
         if not first <= _PRIVATE + number < first + count:
             raise EngineError(f"the hypervisor's GIC has no SPI {number}: its INTIDs are {first}..{first + count - 1}")
-        return self._spis.setdefault(number, Spi(self._hypervisor, _PRIVATE + number))
+        return self._spis.setdefault(number, Spi(self, _PRIVATE + number))
+
+    def drive(self, intid: int, level: bool) -> None:
+        """Set an input. Any thread; nothing happens when the VM has ended, which devices may outlive."""
+        with self._lock:
+            if not self._closed:
+                self._hypervisor.set_spi(intid, level)
+
+    def close(self) -> None:
+        """The VM is about to end."""
+        with self._lock:
+            self._closed = True
 
     def ppi(self, index: int, intid: int) -> IrqLine:
         """A line to nowhere: the hypervisor drives its timer's by itself."""
@@ -61,15 +75,15 @@ class HypervisorGic:
 class Spi:
     """One shared interrupt's input."""
 
-    __slots__ = ("_hypervisor", "_intid")
+    __slots__ = ("_gic", "_intid")
 
-    def __init__(self, hypervisor: NativeHypervisor, intid: int) -> None:
-        self._hypervisor = hypervisor
+    def __init__(self, gic: HypervisorGic, intid: int) -> None:
+        self._gic = gic
         self._intid = intid
 
     def set(self, level: bool) -> None:
         """Drive the line."""
-        self._hypervisor.set_spi(self._intid, level)
+        self._gic.drive(self._intid, level)
 
     def pulse(self) -> None:
         """Raise and lower the line."""
