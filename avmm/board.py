@@ -41,7 +41,8 @@ class Board:
     """Devices fresh from reset, on a bus, under ``lock`` (the VM's). A machine that resets gets a new one.
 
     ``virtio`` are the devices in the virtio slots from the first on, their queues in ``memory``;
-    ``batch`` takes the UART's output, see :class:`Pl011`. ``irqchip``: the hypervisor's, fresh from reset; None: our own.
+    ``batch`` takes the UART's output, see :class:`Pl011`; ``irqchip`` is the hypervisor's, fresh from reset, else it is
+    our own.
     """
 
     def __init__(
