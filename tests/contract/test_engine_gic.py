@@ -110,6 +110,7 @@ class Both:
         """A state in which interrupts come, whatever there was before."""
         self.store(0, GICD, 0, 4, 3)
         for index in range(2):
+            self.store(index, GICR, STRIDE * index + 0x14, 4, 0)  # awake
             frame = STRIDE * index + 0x1_0000
             for base, at in (GICR, frame), (GICD, 4):
                 self.store(index, base, at + 0x080, 4, 0xFFFFFFFF)  # group 1
@@ -162,7 +163,7 @@ def step(both: Both, chance: random.Random) -> str:
         size = 1 if 0x400 <= at < 0x800 and at & 3 else chance.choice([4, 4, 4, 1])
         if what == "router":
             at, size = 0x6000 + 8 * chance.randrange(30, 70), 8
-            value = chance.choice([0, 1, 2, 1 << 31, value])
+            value = chance.choice([0, 1, 2, 1 << 31, 1 << 31, value])
         elif chance.random() < 0.1:
             at, size = chance.choice([(0x0, 4), (0x4, 4), (0x8, 8), (0x14, 4), (0xFFE8, 4), (0xFFE0, 4)])
             value = chance.choice([0, 3, 3, 3, value])
