@@ -228,6 +228,10 @@ static struct jump_entry *find_block(struct vcpu *c) {
 /* The block at c->pc ran often enough: by its compiled code, from now on. False: it has none, interpret it. */
 static bool run_compiled(struct vcpu *c, struct jump_entry *jump) {
     struct block *block = jump->block;
+    if (!c->jit) { /* two thousand million runs, all interpreted */
+        block->cold = INT32_MAX;
+        return false;
+    }
     if (!block->code) {
         if (jit_full(c) || code_full(c)) {
             code_flush(c);
