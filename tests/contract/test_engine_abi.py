@@ -545,7 +545,7 @@ def test_two_vcpus_take_turns(boot: Callable[..., Guest], thread: ThreadPoolExec
     # hvc #0: each waits for its own parity of one counter
     loop = (0xC8DFFC01, 0xEB03003F, 0x54FFFFC1, 0x91000421, 0xC89FFC01, 0x91000863, 0xD1000484, 0xB5FFFF24, HVC)
     guest = boot(*loop)
-    rounds = 200
+    rounds = 50  # each takes a time slice where both share a processor
 
     def other() -> int:
         vcpu = guest.start()
