@@ -18,7 +18,7 @@ PL011 = Placement(0x0900_0000, 0x1000, spi=1)
 PL031 = Placement(0x0901_0000, 0x1000, spi=2)
 VIRTIO_SLOTS = 32
 #: RAM of 16 KiB, which no memory node names, of which 16 bytes are used.
-VMGENID = Placement(0x0B00_0000, 0x10, spi=5)
+VMGENID = Placement(0x0B01_0000, 0x10, spi=5)
 RAM_BASE = 0x4000_0000
 
 #: What `stdout-path` names: the early console.
