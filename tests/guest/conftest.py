@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import shutil
+import subprocess
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -23,13 +25,21 @@ from avmm.vm import Booting
 #: What the fetched initrd prints when its shell is about to start.
 READY = rb"avmm: Debian \S+ ready"
 
-#: Where the kernels of other releases come from.
-MIRROR = os.environ.get("AVMM_DEBIAN_MIRROR", "http://deb.debian.org/debian")
+
+def _mirror() -> str | None:
+    """Where the kernels of other releases come from: AVMM_DEBIAN_MIRROR, or the host's apt's first repository."""
+    if named := os.environ.get("AVMM_DEBIAN_MIRROR"):
+        return named
+    if shutil.which("apt-get") is None:
+        return None
+    asked = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]
+    known = subprocess.run(asked, capture_output=True, text=True).stdout.split()
+    return known[0].rstrip("/") if known else None
 
 
 def fetch_or_skip(flavour: str, release: str = "bookworm") -> Fetched:
     """A guest to boot. Where there is none the test is skipped, but not in CI."""
-    mirror = None if release == "bookworm" else MIRROR  # the host's apt may know one release only
+    mirror = None if release == "bookworm" else _mirror()  # the host's apt may know one release only
     try:
         return fetch_debian(release, flavour, mirror, progress=lambda text: None)
     except FetchError as error:

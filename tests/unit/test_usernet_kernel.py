@@ -304,7 +304,7 @@ for where in ((GATEWAY, {port}), ("192.0.2.1", 80), (GATEWAY, 7)):
     except OSError as error:
         print(type(error).__name__)
 try:
-    socket.gethostbyname("deb.debian.org")
+    socket.gethostbyname("example.com")
 except OSError as error:
     print(type(error).__name__)
 """
