@@ -205,7 +205,7 @@ static bool live(unsigned index, struct state *s) {
     if (plant && !index)
         planted = exit;
     bool more = true;
-    for (unsigned kicks = 0; more && kicks < 8;) {
+    for (unsigned kicks = 0; more && (plant || kicks < 8);) { /* a planted exit lives as long as the round */
         must(!hv_vcpu_run(vcpu), "hv_vcpu_run failed");
         exits++;
         if (exit->reason == CANCELED || exit->reason == UNKNOWN) {
@@ -227,6 +227,8 @@ static bool live(unsigned index, struct state *s) {
         hv_vcpu_get_reg(vcpu, PC, &pc);
         hv_vcpu_set_reg(vcpu, PC, pc + 4);
     }
+    if (!index)
+        planted = NULL;
     out_of(vcpu, s);
     must(!hv_vcpu_destroy(vcpu), "hv_vcpu_destroy failed");
     return more;
