@@ -91,13 +91,18 @@ class Port:
         del self._typed[:limit]
         return data
 
-    async def output(self, data: bytes) -> None:
-        """Bytes from the guest."""
-        while len(self._said) >= _HELD:
+    def output(self, data: bytes) -> bool:
+        """Bytes from the guest; False: there is no room for them, wait for :meth:`room`."""
+        if len(self._said) >= _HELD:
             self._room.clear()
-            await self._room.wait()
+            return False
         self._said += data
         self._said_some.set()
+        return True
+
+    async def room(self) -> None:
+        """Return when the host has read some of it."""
+        await self._room.wait()
 
     def guest_opened(self, opened: bool) -> None:
         """The guest has opened or closed the port."""

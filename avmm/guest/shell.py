@@ -19,7 +19,7 @@ from pathlib import Path
 
 from avmm.errors import ConfigError, GuestError, HostError
 from avmm.guest.console import Console
-from avmm.guest.exec import CommandFailed, Completed, Word
+from avmm.guest.exec import OUTPUT_MAX, CommandFailed, Completed, Word
 from avmm.guest.process import Process
 
 _SCRIPT = """\
@@ -61,14 +61,15 @@ class ShellExec:
             f"echo '>'{mark} $c.; rm -f $f.*; stty echo 2>/dev/null",
         ]
         self._console.write("".join(f"{line}\n" for line in lines).encode())
+        transcript = self._console.transcript.without_printk()
         try:
-            found = await self._console.expect(
-                rb"(?s)<%b\r?\n(.*?)=%b\r?\n(.*?)>%b (\d+)\." % ((mark.encode(),) * 3), printk=False
-            )
-        except asyncio.CancelledError:
+            await transcript.expect(rb"<%b\r?\n" % mark.encode())
+            stdout, _ = await transcript.read_until(rb"=%b\r?\n" % mark.encode(), limit=OUTPUT_MAX)
+            stderr, ended = await transcript.read_until(rb">%b (\d+)\." % mark.encode(), limit=OUTPUT_MAX)
+        except BaseException:
             self._console.write(b"\x03")
             raise
-        return _code(int(found[3])), _decode(found[1]), _decode(found[2])
+        return _code(int(ended[1])), _decode(stdout), _decode(stderr)
 
     async def popen(
         self, argv: tuple[Word, ...], env: Mapping[str, str] | None, cwd: Word, pty: bool, size: tuple[int, int]

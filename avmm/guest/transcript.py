@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from avmm.errors import GuestError, WaitTimeout
@@ -67,6 +68,7 @@ class Transcript:
         self._keep = keep
         self._closed: GuestError | None = None
         self._waiters: set[asyncio.Future[None]] = set()
+        self._readers: list[int] = []  # from where on somebody still needs the data
         self._listeners: list[Callable[[bytes], None]] = []
         self._filter = PrintkFilter()
         self._plain: Transcript | None = None
@@ -80,7 +82,8 @@ class Transcript:
         self.data += data
         if self._keep is not None and len(self.data) > 2 * self._keep:
             surplus = len(self.data) - self._keep
-            del self.data[:surplus]
+            surplus = min([surplus, *(begin - self._dropped for begin in self._readers)])
+            self.data = self.data[surplus:]  # another one: matches found before look into the old one
             self._dropped += surplus
         for listener in self._listeners:
             listener(data)
@@ -129,44 +132,82 @@ class Transcript:
     ) -> re.Match[bytes]:
         """Wait until ``pattern`` (a regular expression over bytes) matches output after the cursor.
 
-        The cursor moves to the end of the match. Output that has come already counts. A match of ``failure`` that comes
+        The cursor moves to the end of the match. Output that has come already counts. Several may wait at once: each
+        sees all that comes after the cursor it began at, whatever the others find. A match of ``failure`` that comes
         first raises GuestError; the guest's end raises its reason at once (GuestGone, GuestPanic ...); ``timeout``,
         in seconds, raises WaitTimeout. A match may reach at most 64 KiB back over output searched in vain before.
         """
         success = re.compile(pattern)
         failed = re.compile(failure) if failure is not None else None
-        began = time.monotonic()
+        async with self._within(timeout, success):
+            return await self._match(success, failed)
+
+    async def read_until(
+        self, pattern: bytes | re.Pattern[bytes], *, timeout: float | None = None, limit: int = 256 << 20
+    ) -> tuple[bytes, re.Match[bytes]]:
+        """All output from the cursor up to a match of ``pattern``, and the match. Raises as :meth:`expect`.
+
+        It may be as long as ``limit`` (more raises GuestError), and is remembered until then, whatever ``keep`` says.
+        """
+        ending = re.compile(pattern)
+        begin = searched = max(self.cursor, self._dropped)
+        self._readers.append(begin)
         try:
-            async with asyncio.timeout(timeout):
-                return await self._match(success, failed)
+            async with self._within(timeout, ending):
+                while True:
+                    found = ending.search(self.data, max(begin, searched - LOOK_BACK) - self._dropped)
+                    if found is not None:
+                        self.cursor = self._dropped + found.end()
+                        return bytes(self.data[begin - self._dropped : found.start()]), found
+                    searched = self._dropped + len(self.data)
+                    if searched - begin > limit:
+                        raise GuestError(f"the console showed more than {limit >> 20} MiB before {ending.pattern!r}")
+                    await self._more()
+        finally:
+            self._readers.remove(begin)
+
+    @asynccontextmanager
+    async def _within(self, timeout: float | None, pattern: re.Pattern[bytes]) -> AsyncIterator[None]:
+        """``timeout`` as a WaitTimeout that says what was waited for; a TimeoutError of the caller's stays one."""
+        began = time.monotonic()
+        scope = asyncio.timeout(timeout)
+        try:
+            async with scope:
+                yield
         except TimeoutError:
+            if not scope.expired():
+                raise
             elapsed = time.monotonic() - began
             tail = bytes(self.data[-TAIL:])
             last = b"\n".join(tail.splitlines()[-20:]).decode(errors="replace")
             raise WaitTimeout(
-                f"no match for {success.pattern!r} on the console after {elapsed:.1f} s; it last showed:\n{last}",
+                f"no match for {pattern.pattern!r} on the console after {elapsed:.1f} s; it last showed:\n{last}",
                 elapsed=elapsed,
                 tail=tail,
-                pattern=success.pattern,
+                pattern=pattern.pattern,
             ) from None
 
     async def _match(self, success: re.Pattern[bytes], failed: re.Pattern[bytes] | None) -> re.Match[bytes]:
-        searched = self.cursor
+        first = searched = self.cursor
         while True:
-            start = max(self.cursor, searched - LOOK_BACK) - self._dropped
-            found = success.search(self.data, max(start, 0))
-            bad = failed.search(self.data, max(start, 0)) if failed is not None else None
+            start = max(max(first, searched - LOOK_BACK) - self._dropped, 0)
+            found = success.search(self.data, start)
+            bad = failed.search(self.data, start) if failed is not None else None
             if bad is not None and (found is None or bad.start() < found.start()):
                 raise GuestError(f"the console showed {bad.group()!r}")
             if found is not None:
-                self.cursor = self._dropped + found.end()
+                self.cursor = max(self.cursor, self._dropped + found.end())
                 return found
-            if self._closed is not None:
-                raise self._closed
             searched = self._dropped + len(self.data)
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiters.add(waiter)
-            try:
-                await waiter
-            finally:
-                self._waiters.discard(waiter)
+            await self._more()
+
+    async def _more(self) -> None:
+        """Return when there is more output. Raises the reason when there never will be."""
+        if self._closed is not None:
+            raise self._closed
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            await waiter
+        finally:
+            self._waiters.discard(waiter)

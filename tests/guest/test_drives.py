@@ -201,16 +201,23 @@ async def test_console_ports(debian: Fetched) -> None:
         await hear(b"77\r\n")
         data = os.urandom(300_000)
         vm.console.write(b"name=$(grep -lx agent /sys/class/virtio-ports/*/name); port=/dev/$(basename ${name%/*})\n")
-        vm.console.write(b"head -c 300000 $port | tee /tmp/a | md5sum; cat /tmp/a >$port\n")
+        vm.console.write(
+            b"head -c 300000 $port | tee /tmp/a | md5sum; for n in 1 2 3 4 5 6 7 8; do cat /tmp/a; done >$port\n"
+        )
         await asyncio.wait_for(agent.wait_open(), 60)
         agent.write(data)
         found = await vm.console.expect(rb"([0-9a-f]{32})  -", timeout=60)
         assert found[1].decode() == hashlib.md5(data).hexdigest()
+        # More than the host holds, and nobody reads: the guest waits, a pause does not.
+        async with asyncio.timeout(60):
+            for _ in range(5):
+                await vm.pause()
+                await vm.resume()
         back = b""
         async with asyncio.timeout(60):
-            while len(back) < len(data):
+            while len(back) < 8 * len(data):
                 back += await agent.read(1 << 20)
-        assert back == data
+        assert back == 8 * data
     assert await agent.read(1) == b""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 from pathlib import Path
 
@@ -44,3 +45,15 @@ async def test_commands_through_the_console(debian: Fetched, tmp_path: Path) -> 
         assert (await vm.run("echo", "on")).stdout == b"on\n"
         with pytest.raises(avmm.GuestError, match="powered off"):
             await vm.run("poweroff", "-f")
+
+
+async def test_output_of_any_length(debian: Fetched) -> None:
+    """Longer than what a console's wait looks back over, and than what is remembered of the console."""
+    async with avmm.boot(debian.kernel, debian.initrd, agent=False, keep_output=10_000) as vm, asyncio.timeout(120):
+        await vm.console.expect(READY)
+        await vm.check("sh", "-c", "head -c 500000 /dev/urandom >/tmp/file; md5sum /tmp/file >/tmp/sum")
+        content = await vm.get("/tmp/file")
+        assert len(content) == 500_000
+        assert hashlib.md5(content).hexdigest().encode() in await vm.get("/tmp/sum")
+        done = await vm.run("sh", "-c", "cat /tmp/file >&2; echo out")
+        assert (done.stdout, done.stderr) == (b"out\n", content)

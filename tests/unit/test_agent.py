@@ -74,7 +74,8 @@ class Guest(Commands):
 
     async def say(self, *frames: bytes) -> None:
         for frame in frames:
-            await self.port.output(frame)
+            while not self.port.output(frame):
+                await self.port.room()
 
     async def greet(self) -> None:
         self.port.guest_opened(True)

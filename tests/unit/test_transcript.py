@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import time
 import xml.dom.minidom
 
 import pytest
@@ -93,6 +94,63 @@ async def test_a_match_may_begin_in_output_searched_before() -> None:
     await asyncio.sleep(0)
     transcript.feed(b"END")
     assert (await waiting).group().endswith(b"xEND")
+
+
+async def test_several_who_wait_do_not_take_from_each_other() -> None:
+    transcript = Transcript()
+    waiting = [asyncio.create_task(transcript.expect(each, timeout=30)) for each in (rb"last", rb"first", rb"last")]
+    await asyncio.sleep(0)
+    transcript.feed(b"first ")
+    await asyncio.sleep(0)
+    transcript.feed(b"and last. ")
+    assert [each.group() for each in await asyncio.gather(*waiting)] == [b"last", b"first", b"last"]
+    with pytest.raises(WaitTimeout):  # who begins now begins after what was found
+        await transcript.expect(rb"last", timeout=0)
+
+
+@pytest.mark.parametrize("keep", [None, 1000])
+async def test_all_up_to_a_pattern_is_remembered_until_it_is_read(keep: int | None) -> None:
+    transcript = Transcript(keep)
+    transcript.feed(b"before BEGIN ")
+    await transcript.expect(rb"BEGIN ", timeout=0)
+    reading = asyncio.create_task(transcript.read_until(rb"<END (\d+)>", timeout=30))
+    await asyncio.sleep(0)
+    content = b"".join(b"%07d\n" % number for number in range(50_000))
+    for at in range(0, len(content), 5000):
+        transcript.feed(content[at : at + 5000])
+        if at % 40_000 == 0:
+            await asyncio.sleep(0)
+    for byte in b"<END 7>":
+        transcript.feed(bytes((byte,)))
+        await asyncio.sleep(0)
+    transcript.feed(b"after")
+    read, end = await reading
+    assert (read, end[1]) == (content, b"7")
+    assert await transcript.expect(rb"after", timeout=0)
+    transcript.feed(content)
+    assert keep is None or len(transcript.data) <= 2 * keep
+    with pytest.raises(GuestError, match="more than"):
+        await transcript.read_until(rb"never", limit=10)
+    with pytest.raises(WaitTimeout):
+        await transcript.read_until(rb"never", timeout=0)
+
+
+async def test_a_wait_is_linear_in_what_is_printed() -> None:
+    async def cost(pieces: int) -> float:
+        transcript = Transcript()
+        waiting = asyncio.create_task(transcript.expect(rb"the end \d+$"))
+        piece = b"nothing to see here, the end is not near\n" * 400
+        began = time.process_time()
+        for _ in range(pieces):
+            transcript.feed(piece)
+            await asyncio.sleep(0)
+        transcript.feed(b"the end 1")
+        await waiting
+        return time.process_time() - began
+
+    await cost(100)
+    # Sixteen times as much costs 16 times as much; were each piece a reason to search everything, 256 times.
+    assert await cost(1600) < 64 * min([await cost(100) for _ in range(3)])
 
 
 @pytest.mark.parametrize(

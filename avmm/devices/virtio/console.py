@@ -13,7 +13,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from avmm.devices.virtio.queue import Chain
+from avmm.devices.virtio.queue import Chain, Virtqueue
 from avmm.devices.virtio.transport import Queue, VirtioDevice
 from avmm.errors import GuestError
 
@@ -42,8 +42,12 @@ class PortBackend(Protocol):
         """Wait for input for the guest: 1..``limit`` bytes."""
         ...
 
-    async def output(self, data: bytes) -> None:
-        """Take output of the guest; waits while the host is behind."""
+    def output(self, data: bytes) -> bool:
+        """Take output of the guest; False while the host is behind."""
+        ...
+
+    async def room(self) -> None:
+        """Wait until the host has caught up."""
         ...
 
     def guest_opened(self, opened: bool) -> None:
@@ -53,11 +57,13 @@ class PortBackend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ConsoleState:
-    """Which ports the guest has open, and what it has not been told yet."""
+    """Which ports the guest has open, what it has not been told yet, and how much of each port's next chain has been
+    taken."""
 
     opened: tuple[bool, ...]
     outbox: tuple[bytes, ...]
     size: tuple[int, int]
+    taken: tuple[int, ...] = ()
 
 
 class Console(VirtioDevice):
@@ -76,6 +82,8 @@ class Console(VirtioDevice):
         self._outbox: deque[bytes] = deque()
         self._mail = asyncio.Event()
         self._size = (80, 25)
+        #: Of each port's next chain: the queue it is in (None: the next there is), and how much of it has been taken.
+        self._taken: list[tuple[Virtqueue | None, int]] = [(None, 0)] * len(self._ports)
 
     def config(self) -> bytes:
         """See :class:`VirtioDevice`."""
@@ -120,14 +128,28 @@ class Console(VirtioDevice):
         async for chain in queue:
             if port == 0 and not self._multiport:
                 self._open(0, True)
-            try:
-                for view in chain.readable:
-                    for at in range(0, len(view), _PIECE):
-                        await self._ports[port].output(bytes(view[at : at + _PIECE]))
-            except asyncio.CancelledError:
-                chain.queue.drop(chain)
-                raise
-            queue.push(chain)
+            # While the host is behind nothing is in flight, or a pause would have to wait for the host, too.
+            whose, taken = self._taken[port]
+            taken = self._pass_on(port, chain, taken if whose in (None, chain.queue) else 0)
+            if taken < chain.read_length:
+                self._taken[port] = (chain.queue, taken)
+                queue.unpop([chain])
+                await self._ports[port].room()
+            else:
+                self._taken[port] = (None, 0)
+                queue.push(chain)
+
+    def _pass_on(self, port: int, chain: Chain, taken: int) -> int:
+        """What comes after the first ``taken`` bytes goes to the host, as far as it takes it; how far that is."""
+        at = 0
+        for view in chain.readable:
+            while taken < at + len(view):
+                piece = view[taken - at :][:_PIECE]
+                if not self._ports[port].output(bytes(piece)):
+                    return taken
+                taken += len(piece)
+            at += len(view)
+        return taken
 
     async def _send_control(self, queue: Queue) -> None:
         while True:
@@ -192,15 +214,20 @@ class Console(VirtioDevice):
         self._outbox.clear()
         for opened in self._opened:
             opened.clear()
+        self._taken = [(None, 0)] * len(self._ports)
 
     def save(self) -> ConsoleState:
         """See :class:`VirtioDevice`."""
-        return ConsoleState(tuple(each.is_set() for each in self._opened), tuple(self._outbox), self._size)
+        opened = tuple(each.is_set() for each in self._opened)
+        taken = tuple(count if whose is None or whose.alive else 0 for whose, count in self._taken)
+        return ConsoleState(opened, tuple(self._outbox), self._size, taken)
 
     def restore(self, state: ConsoleState) -> None:
         """See :class:`VirtioDevice`."""
         self._size = state.size
         self._outbox = deque(state.outbox)
+        if state.taken:
+            self._taken = [(None, count) for count in state.taken]
         if self._outbox:
             self._mail.set()
         for port, opened in enumerate(state.opened):
