@@ -866,7 +866,7 @@ static int by_op(const void *a, const void *b) {
 
 /* Of several emitters for an op the last one counts. */
 static void fill_tables(void) {
-    static const struct emitter *const tables[] = {jit_x64_int, jit_x64_mem, jit_x64_simd};
+    static const struct emitter *const tables[] = {jit_x64_int, jit_x64_mem, jit_x64_simd, jit_x64_crypto, jit_x64_fp};
     uint16_t sorted[ROWS_MAX];
     for (uint32_t row = 0; row < a64_row_count; row++) {
         plain_of[row] = a64_rows[row].plain;

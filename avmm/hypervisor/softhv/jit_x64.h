@@ -3,7 +3,8 @@
  *
  *   jit_x64.c       code memory, shared stubs, blocks: exits, links, slow paths
  *   jit_x64_int.c   data processing and branches      jit_x64_mem.c   loads and stores
- *   jit_x64_simd.c  floating point and vectors
+ *   jit_x64_simd.c  Advanced SIMD                     jit_x64_fp.c    scalar floating point
+ *   jit_x64_crypto.c  AES, SHA1, SHA256, PMULL        jit_x64_simd.h  what the last three share
  *
  * Registers of generated code:
  *
@@ -59,7 +60,8 @@ struct emitter {
     uint32_t arg;
     uint32_t effects;
 };
-extern const struct emitter jit_x64_int[], jit_x64_mem[], jit_x64_simd[]; /* end with an empty one */
+/* They end with an empty one. */
+extern const struct emitter jit_x64_int[], jit_x64_mem[], jit_x64_simd[], jit_x64_crypto[], jit_x64_fp[];
 
 /* ---- One compilation --------------------------------------------------------------------------------------------- */
 

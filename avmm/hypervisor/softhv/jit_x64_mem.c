@@ -2,7 +2,7 @@
  * x86-64 code for loads and stores: the TLB is looked up in line, and what misses it, crosses a page or must be checked
  * otherwise is left to the op. Until the access is done nothing of the guest's state changes.
  */
-#include "jit_x64.h"
+#include "jit_x64_simd.h"
 
 #ifdef JIT_X64
 
@@ -107,8 +107,6 @@ static void write_back(struct emit *e, const struct uop *u, uint32_t arg, struct
 
 /* ---- Accesses: of general registers and pairs, of vectors through XMM0 and XMM1 ---------------------------------- */
 
-enum { MOVD = 0x660f6e, MOVQ = 0xf30f7e, MOVUPS = 0x0f10, MOVUPS_STORE = 0x0f11 };
-
 struct place { /* in host memory */
     unsigned base, index; /* NO_REG: none */
     int32_t disp;
@@ -144,9 +142,9 @@ static void load_v(struct emit *e, uint32_t arg, unsigned to, struct place at, u
     case 0:
     case 1:
         op_at(e, 0, arg & 7 ? 0x0fb7 : 0x0fb6, RCX, at, more);
-        op_rr(e, 0, MOVD, to, RCX);
+        op_rr(e, 0, MOVD_TO, to, RCX);
         break;
-    case 2: op_at(e, 0, MOVD, to, at, more); break;
+    case 2: op_at(e, 0, MOVD_TO, to, at, more); break;
     case 3: op_at(e, 0, MOVQ, to, at, more); break;
     default: op_at(e, 0, MOVUPS, to, at, more);
     }
@@ -466,8 +464,6 @@ static void emit_fetch(struct emit *e, const struct uop *u, uint32_t arg) {
     }
     comes_back(e, o);
 }
-
-static void emit_kept(struct emit *e, const struct uop *u, uint32_t arg) { call_kept(e, u); }
 
 static void emit_nothing(struct emit *e, const struct uop *u, uint32_t arg) {}
 
