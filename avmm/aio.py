@@ -1,8 +1,13 @@
-"""The two things asyncio leaves to its users."""
+"""What asyncio leaves to its users."""
 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from avmm.errors import WaitTimeout
 
 
 async def outlast(task: asyncio.Task[None]) -> None:
@@ -25,3 +30,18 @@ async def cancel(*tasks: asyncio.Task[object]) -> None:
     for result in await asyncio.gather(*tasks, return_exceptions=True):
         if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
             raise result
+
+
+@asynccontextmanager
+async def within(timeout: float | None, what: str) -> AsyncIterator[None]:
+    """``timeout`` in seconds as a WaitTimeout that says what did not end; a TimeoutError of the caller's stays one."""
+    began = time.monotonic()
+    scope = asyncio.timeout(timeout)
+    try:
+        async with scope:
+            yield
+    except TimeoutError:
+        if not scope.expired():
+            raise
+        elapsed = time.monotonic() - began
+        raise WaitTimeout(f"{what} after {elapsed:.1f} s", elapsed=elapsed) from None

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from avmm.aio import cancel, outlast
+from avmm.aio import cancel, outlast, within
 from avmm.attachments import attachments_of, close_all, open_all
 from avmm.attachments.agent import AgentAttachment
 from avmm.attachments.base import Attachment
@@ -43,7 +43,7 @@ from avmm.equipment import Equipment
 from avmm.errors import AvmmError, ConfigError, GuestError, GuestGone, GuestPanic
 from avmm.faults import Faults
 from avmm.guest.console import Console
-from avmm.guest.exec import AgentExec, Commands, Exec, within
+from avmm.guest.exec import AgentExec, Commands, Exec
 from avmm.guest.panic import PanicWatch
 from avmm.guest.screen import Screen
 from avmm.guest.shell import ShellExec
@@ -186,11 +186,13 @@ class VirtualMachine(Commands, Equipment):
         self._supervisor = asyncio.create_task(self._supervise(timers, entry))
         self._log.info("vm.started", memory=config.memory, cpus=config.cpus, engine=hypervisor.capabilities.name)
 
-    async def wait(self) -> Outcome:
-        """Return when the VM has ended. Cancelling this does not stop it."""
+    async def wait(self, *, timeout: float | None = None) -> Outcome:
+        """Return when the VM has ended. Cancelling this does not stop it, nor does ``timeout``: seconds until this
+        raises WaitTimeout."""
         if self._supervisor is None:
             raise ConfigError("this VM has not been started")
-        await asyncio.shield(self._supervisor)
+        async with within(timeout, "the VM was still running"):
+            await asyncio.shield(self._supervisor)
         assert self._outcome is not None
         return self._outcome
 

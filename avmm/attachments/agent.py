@@ -8,7 +8,6 @@ from avmm.attachments.base import Attachment
 from avmm.backends.port import Port
 from avmm.devices.virtio.console import Console
 from avmm.devices.virtio.transport import VirtioDevice
-from avmm.errors import GuestGone
 from avmm.guest.agent import PORT, Agent
 from avmm.snapfile import Reader
 
@@ -23,7 +22,7 @@ class AgentAttachment(Attachment):
     def device(self) -> VirtioDevice:
         """See :class:`Attachment`."""
         self._port.guest_opened(False)
-        self.agent.lost(GuestGone("the guest was reset", "reset"))
+        self.agent.reset()
         console = Console([self._port])
         console.name = "agent"
         return console

@@ -13,6 +13,8 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
+from avmm.aio import within
+
 #: Bytes of the guest's output that wait for the host, at most; then the guest waits.
 _HELD: Final = 1 << 20
 
@@ -40,33 +42,39 @@ class Port:
 
     def write(self, data: bytes) -> None:
         """Queue ``data`` for the guest, which gets it once it has opened the port."""
-        if data:
+        if data and not self._closed:
             self._typed += data
             self._taken.clear()
             self._typed_some.set()
 
-    async def drain(self) -> None:
-        """Return when the guest has been given everything queued, or is gone."""
-        await self._taken.wait()
+    # Waits raise WaitTimeout after ``timeout`` seconds.
 
-    async def read(self, limit: int) -> bytes:
+    async def drain(self, *, timeout: float | None = None) -> None:
+        """Return when the guest has been given everything queued, or is gone."""
+        async with within(timeout, f"the guest had not read all that was written to its port {self.name}"):
+            await self._taken.wait()
+
+    async def read(self, limit: int, *, timeout: float | None = None) -> bytes:
         """What the guest has written: 1..``limit`` bytes, waiting for the first; ``b""`` when the guest is gone."""
-        while not self._said and not self._closed:
-            self._said_some.clear()
-            await self._said_some.wait()
+        async with within(timeout, f"the guest had written nothing to its port {self.name}"):
+            while not self._said and not self._closed:
+                self._said_some.clear()
+                await self._said_some.wait()
         data = bytes(self._said[:limit])
         del self._said[:limit]
         if len(self._said) < _HELD:
             self._room.set()
         return data
 
-    async def wait_open(self) -> None:
+    async def wait_open(self, *, timeout: float | None = None) -> None:
         """Return when the guest has the port open, or is gone."""
-        await self._opened.wait()
+        async with within(timeout, f"no program of the guest had opened its port {self.name}"):
+            await self._opened.wait()
 
-    async def wait_shut(self) -> None:
+    async def wait_shut(self, *, timeout: float | None = None) -> None:
         """Return when no program of the guest has the port open."""
-        await self._shut.wait()
+        async with within(timeout, f"a program of the guest had its port {self.name} open"):
+            await self._shut.wait()
 
     @property
     def is_open(self) -> bool:

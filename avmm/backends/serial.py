@@ -56,8 +56,8 @@ class SerialLine:
     # ---- the host's side
 
     def type(self, data: bytes) -> None:
-        """Queue bytes for the guest."""
-        if data:
+        """Queue bytes for the guest; of one that is gone they are dropped."""
+        if data and not self._closed:
             self._typed += data
             self._drained.clear()
             self._arrived.set()

@@ -66,19 +66,21 @@ class Agent:
         self._processes: dict[int, Process] = {}
         self._ready = asyncio.Event()  # an agent answers, or none ever will
         self._gone: GuestError | None = None
+        self._ended: GuestError | None = None  # why the last agent is gone, when none is known to follow
+        self._resets = 0
         #: The guest is a copy of another: with the first words its clock is set, and its random pool reseeded.
         self.renew = False
 
     @property
     def ready(self) -> bool:
         """Whether commands can be started now."""
-        return self._ready.is_set() and self._gone is None
+        return self._ready.is_set() and self._gone is None and self._ended is None
 
     async def wait_ready(self) -> None:
-        """Return when commands can be started. Raises the reason when the guest is gone."""
+        """Return when commands can be started. Raises the reason when the guest or its agent is gone."""
         await self._ready.wait()
-        if self._gone is not None:
-            raise self._gone
+        if reason := self._gone or self._ended:
+            raise reason
 
     async def start(
         self,
@@ -115,13 +117,17 @@ class Agent:
         """Speak with one agent after another; until cancelled."""
         while True:
             await self._channel.wait_open()
+            if self._ended is not None:
+                self._ended = None
+                self._ready.clear()
+            resets = self._resets
             try:
                 await self._speak()
             except GuestError as error:
-                self.lost(error)
+                self._end(error, resets)
                 await self._channel.wait_shut()
             else:
-                self.lost(GuestGone("the agent in the guest has ended", "agent"))
+                self._end(GuestGone("the agent in the guest has ended", "agent"), resets)
 
     async def _speak(self) -> None:
         """With one agent, until it closes the port. Raises GuestError when it breaks the rules."""
@@ -151,9 +157,21 @@ class Agent:
         if frame.type == protocol.EXIT:
             del self._processes[frame.command]
 
-    def lost(self, reason: GuestError) -> None:
-        """No agent answers any more: whoever waits for a command gets ``reason``. Another agent may come."""
-        self._ready.clear()
+    def _end(self, reason: GuestError, resets: int) -> None:
+        if resets == self._resets and self._gone is None:
+            self._lose(reason)
+            self._ended = reason
+            self._ready.set()
+
+    def reset(self) -> None:
+        """The guest was reset: whoever waits for a command is told, and who waits for an agent waits for the next."""
+        self._resets += 1
+        self._ended = None
+        self._lose(GuestGone("the guest was reset", "reset"))
+
+    def _lose(self, reason: GuestError) -> None:
+        if self._gone is None:
+            self._ready.clear()
         processes, self._processes = self._processes, {}
         for process in processes.values():
             process.fail(reason)
@@ -161,6 +179,6 @@ class Agent:
     def close(self, reason: GuestError) -> None:
         """The guest is gone for good."""
         if self._gone is None:
+            self._lose(reason)
             self._gone = reason
-            self.lost(reason)
             self._ready.set()

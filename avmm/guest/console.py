@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from avmm.aio import within
 from avmm.guest.screen import Screen
 from avmm.guest.transcript import Transcript, TranscriptState
 
@@ -76,6 +77,7 @@ class Console:
         """Type ``data``. Nothing is lost: what the UART has no room for waits here."""
         self._keyboard.type(data)
 
-    async def drain(self) -> None:
-        """Wait until the guest has taken everything typed."""
-        await self._keyboard.drain()
+    async def drain(self, *, timeout: float | None = None) -> None:
+        """Wait until the guest has taken everything typed, or is gone. Raises WaitTimeout after ``timeout`` seconds."""
+        async with within(timeout, "the guest had not taken what was typed"):
+            await self._keyboard.drain()

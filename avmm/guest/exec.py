@@ -9,15 +9,14 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
-import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from avmm.errors import ConfigError, GuestError, HostError, WaitTimeout
+from avmm.aio import within
+from avmm.errors import ConfigError, GuestError, HostError
 from avmm.guest import tree
 from avmm.guest.agent import Agent
 from avmm.guest.process import Process
@@ -81,21 +80,6 @@ class Exec(Protocol):
     async def get(self, source: str, target: Path | None) -> bytes:
         """Copy a file or tree out of the guest to ``target``; without one, a file, whose content is returned."""
         ...
-
-
-@asynccontextmanager
-async def within(timeout: float | None, what: str) -> AsyncIterator[None]:
-    """``timeout`` in seconds as a WaitTimeout that says what did not end; a TimeoutError of the caller's stays one."""
-    began = time.monotonic()
-    scope = asyncio.timeout(timeout)
-    try:
-        async with scope:
-            yield
-    except TimeoutError:
-        if not scope.expired():
-            raise
-        elapsed = time.monotonic() - began
-        raise WaitTimeout(f"{what} after {elapsed:.1f} s", elapsed=elapsed) from None
 
 
 class AgentExec:

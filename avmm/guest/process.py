@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shlex
 import signal
 from collections.abc import Callable
 from types import TracebackType
 from typing import Final
 
+from avmm.aio import within
 from avmm.errors import GuestError
 from avmm.guest import protocol
 from avmm.guest.protocol import Frame
@@ -43,10 +45,11 @@ class Input:
             self._ending = True
             self._pump()
 
-    async def drain(self) -> None:
-        """Return when everything queued is on its way. Raises BrokenPipeError when the command reads no more, and the
-        reason when it is gone with its guest."""
-        await self._room.wait()
+    async def drain(self, *, timeout: float | None = None) -> None:
+        """Return when everything queued is on its way. Raises BrokenPipeError when the command reads no more, the
+        reason when it is gone with its guest, and WaitTimeout after ``timeout`` seconds."""
+        async with within(timeout, "the command had not taken its input"):
+            await self._room.wait()
         if self._closed is not None:
             raise self._closed
 
@@ -194,23 +197,26 @@ class Process:
             with contextlib.suppress(GuestError):
                 await self.wait()
 
-    async def wait(self) -> int:
-        """Return its exit code when it has ended. Raises the reason when it never will, because its guest is gone."""
-        await self.ended.wait()
+    async def wait(self, *, timeout: float | None = None) -> int:
+        """Return its exit code when it has ended. Raises the reason when it never will, because its guest is gone, and
+        WaitTimeout after ``timeout`` seconds; it runs on then."""
+        async with within(timeout, f"{shlex.join(self.argv)} had not ended"):
+            await self.ended.wait()
         if self._failed is not None:
             raise self._failed
         assert self.returncode is not None
         return self.returncode
 
-    async def communicate(self, input: bytes | None = None) -> tuple[bytes, bytes]:
-        """Type ``input``, end the input, read everything: what came on the two streams."""
+    async def communicate(self, input: bytes | None = None, *, timeout: float | None = None) -> tuple[bytes, bytes]:
+        """Type ``input``, end the input, read everything: what came on the two streams. Raises as :meth:`wait`."""
         if self.stdin is not None:
             if input:
                 self.stdin.write(input)
             self.stdin.write_eof()
         readers = [self.stdout.read(), *([self.stderr.read()] if self.stderr is not None else [])]
-        read = await asyncio.gather(*readers)
-        await self.wait()
+        async with within(timeout, f"{shlex.join(self.argv)} had not ended"):
+            read = await asyncio.gather(*readers)
+            await self.wait()
         return read[0], read[1] if len(read) > 1 else b""
 
     def send_signal(self, number: int) -> None:

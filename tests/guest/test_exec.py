@@ -161,6 +161,8 @@ async def test_who_waits_is_told_at_once(debian: Fetched) -> None:
             with pytest.raises(GuestGone, match="agent"):
                 await asyncio.wait_for(each, 20)
         assert loop.time() - began < 1
+        with pytest.raises(GuestGone, match="agent"):
+            await asyncio.wait_for(vm.run("true"), 20)
     for how, reason in (("poweroff -f", "powered off"), ("echo c >/proc/sysrq-trigger", "panic"), ("", "stopped")):
         async with avmm.boot(debian.kernel, debian.initrd, reboot=False) as vm:
             await vm.wait_ready(timeout=120)

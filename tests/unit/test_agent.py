@@ -144,10 +144,18 @@ async def test_everybody_gets_the_reason_at_once() -> None:
         for each in (*waits, reading, asyncio.create_task(process.wait())):
             with pytest.raises(GuestGone, match="agent"):
                 await each
-        early = asyncio.create_task(it.run("early"))  # waits for another agent, which comes
+        with pytest.raises(GuestGone, match="agent"):  # nobody knows of another one
+            await it.run("early")
+        await it.greet()
+        again = asyncio.create_task(it.run("again"))
+        await it.say(ended(await it.spawned()))
+        assert (await again).ok
+        it.agent.reset()
+        it.port.guest_opened(False)
+        after = asyncio.create_task(it.run("after"))  # a machine that was reset starts another agent
         await it.greet()
         await it.say(ended(await it.spawned()))
-        assert (await early).ok
+        assert (await after).ok
         late = asyncio.create_task(it.run("late"))
         await it.spawned()
         it.agent.close(GuestGone("the guest powered off", "power-off"))
@@ -165,6 +173,25 @@ async def test_a_timeout_kills_the_command() -> None:
             await running
         frame = await it.hear()
         assert (frame.type, frame.payload) == (protocol.SIGNAL, (9).to_bytes(4, "little"))
+
+
+async def test_waits_with_a_timeout() -> None:
+    async with guest() as it:
+        process = await it.popen("cat")
+        assert process.stdin is not None
+        process.stdin.write(bytes(2 * WINDOW))
+        for wait in (process.wait, process.communicate, process.stdin.drain):
+            with pytest.raises(WaitTimeout):
+                await wait(timeout=0.01)
+    port = Port("it", terminal=False)
+    port.write(b"typed")
+    for each in (port.wait_open(timeout=0.01), port.read(1, timeout=0.01), port.drain(timeout=0.01)):
+        with pytest.raises(WaitTimeout, match="port it"):
+            await each
+    port.close()
+    port.write(b"of what is gone nobody waits for anything")
+    for nothing in (port.wait_open(), port.wait_shut(), port.drain(), port.read(1)):
+        await asyncio.wait_for(nothing, 20)
 
 
 async def test_no_agent_comes() -> None:
@@ -216,8 +243,8 @@ async def test_a_hostile_agent_is_dropped(what: str) -> None:
         await it.say(*_hostile(number)[what])
         with pytest.raises(GuestError, match="broke its protocol"):
             await process.wait()
-        with pytest.raises(WaitTimeout):
-            await it.run("true", timeout=0.02)
+        with pytest.raises(GuestError, match="broke its protocol"):
+            await it.run("true")
         it.port.guest_opened(False)
         await it.greet()  # the next one is listened to
         await it.agent.wait_ready()

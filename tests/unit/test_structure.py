@@ -14,7 +14,7 @@ ROOT = Path(avmm.__file__).parent
 #: What each room may import, besides itself. A room that is not listed may import everything.
 BELOW = {
     "errors": set(),
-    "aio": set(),
+    "aio": {"errors"},
     "log": set(),
     "fdt": set(),
     "link": set(),
