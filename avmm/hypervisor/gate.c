@@ -3,8 +3,8 @@
  *
  * Three waits are awake. Before it sleeps, where asked for, a bounded poll that grows while wakes come soon and ends when they do not
  * (as KVM's halt_poll_ns): a wake that comes then costs no thread wake. When it is stirred: whoever is about to open the gate
- * says so first, and the thread wakes up while it is still being decided whether to open. And at the end of a sleep with an
- * exact moment, the rest of it: the sleep ends early by what a wake has been taking.
+ * says so first, and the thread wakes up on another processor while it is still being decided whether to open. And at the end of
+ * a sleep with an exact moment, the rest of it: the sleep ends early by what a wake has been taking.
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -25,7 +25,8 @@ enum {
     POLL_FIRST_NS = 10000,   /* the first poll of a series */
     EARLY_STEP_NS = 4000,    /* steps of one size find the median, whatever the stragglers are */
     EARLY_MOST_NS = 100000,
-    STIRRED_NS = 50000       /* so long it stays awake for the gate to be opened */
+    STIRRED_NS = 50000,      /* so long it stays awake for the gate to be opened */
+    NOWHERE = -1             /* no processor's number */
 };
 
 struct avmm_gate {
@@ -34,6 +35,8 @@ struct avmm_gate {
     _Atomic uint32_t state; /* AVMM_GATE_* */
     bool waiting;           /* asleep in `opened` */
     bool stirred;
+    int waker;              /* the processor of who opened or stirred last */
+    bool together;          /* whom that woke found itself on the same one */
     uint64_t poll_ns, poll_most_ns; /* a wake within the latter is soon */
     uint64_t early_ns;
 };
@@ -42,6 +45,8 @@ struct avmm_gate {
 uint64_t avmm_monotonic_ns(void) { return clock_gettime_nsec_np(CLOCK_UPTIME_RAW); } /* Python's time.monotonic_ns() */
 
 static void cond_init(pthread_cond_t *cond) { pthread_cond_init(cond, NULL); }
+
+static int processor(void) { return NOWHERE; } /* no call for it; there are several */
 
 static void cond_wait_until(pthread_cond_t *cond, pthread_mutex_t *lock, uint64_t until) {
     uint64_t now = avmm_monotonic_ns(), left = until > now ? until - now : 0;
@@ -62,6 +67,8 @@ static void cond_init(pthread_cond_t *cond) {
     pthread_cond_init(cond, &attributes);
     pthread_condattr_destroy(&attributes);
 }
+
+static int processor(void) { return sched_getcpu(); }
 
 static void cond_wait_until(pthread_cond_t *cond, pthread_mutex_t *lock, uint64_t until) {
     struct timespec absolute = {(time_t)(until / 1000000000), (long)(until % 1000000000)};
@@ -101,6 +108,7 @@ void avmm_gate_open(avmm_gate_t *gate, uint32_t how) {
     pthread_mutex_lock(&gate->lock);
     atomic_store(&gate->state, how);
     bool waiting = gate->waiting;
+    gate->waker = processor();
     pthread_mutex_unlock(&gate->lock); /* first, so that who wakes does not wait for it */
     if (waiting)
         pthread_cond_signal(&gate->opened);
@@ -108,8 +116,10 @@ void avmm_gate_open(avmm_gate_t *gate, uint32_t how) {
 
 void avmm_gate_stir(avmm_gate_t *gate) {
     pthread_mutex_lock(&gate->lock);
-    bool waiting = gate->waiting;
-    gate->stirred = waiting; /* else it is awake, or will look at the gate before it sleeps */
+    /* If it is awake, it looks at the gate before it sleeps. And beside us it could only take our processor away. */
+    bool waiting = gate->waiting && !gate->together;
+    gate->stirred = waiting;
+    gate->waker = processor();
     pthread_mutex_unlock(&gate->lock);
     if (waiting)
         pthread_cond_signal(&gate->opened);
@@ -136,6 +146,8 @@ static void await_asleep(avmm_gate_t *gate, uint64_t until) {
             cond_wait_until(&gate->opened, &gate->lock, until);
         gate->waiting = false;
         bool stirred = gate->stirred;
+        if (stirred || !is_shut(gate))
+            gate->together = gate->waker != NOWHERE && gate->waker == processor();
         pthread_mutex_unlock(&gate->lock);
         for (uint64_t end = avmm_monotonic_ns() + STIRRED_NS; stirred && is_shut(gate) && avmm_monotonic_ns() < end;)
             sched_yield(); /* whoever stirred us may have been on this very processor */
