@@ -8,21 +8,14 @@ from __future__ import annotations
 import struct
 from typing import Final
 
+from avmm.backends.checksum import checksum, ones_sum
 from avmm.link import Frame
 
 _IPV4, _IPV6, _VLAN = b"\x08\x00", b"\x86\xdd", b"\x81\x00"
 _TCP: Final = 6
 _FIN_PSH, _CWR = 0x09, 0x80
-_UDP_CHECKSUM: Final = 6  # where it is in the header; TCP's is elsewhere
 #: No sender has smaller segments than this (Linux's TCP_MIN_GSO_SIZE): a guest gets no thousands of frames for one.
 _SEGMENT_MIN: Final = 8
-
-
-def ones_sum(data: bytes | bytearray | memoryview) -> int:
-    """The one's complement sum of big-endian 16-bit words (RFC 1071), odd lengths padded; 0 for a sum of 0xFFFF."""
-    # 65536 is 1 modulo 65535, so that the sum of the digits to that base is the number itself.
-    total = int.from_bytes(data, "big") % 0xFFFF
-    return total * 256 % 0xFFFF if len(data) & 1 else total
 
 
 def summed(frame: Frame) -> bytes | bytearray | memoryview:
@@ -32,7 +25,7 @@ def summed(frame: Frame) -> bytes | bytearray | memoryview:
         return frame.data
     data = bytearray(frame.data)
     if start + frame.csum_offset + 2 <= len(data):
-        _store(data, start + frame.csum_offset, ones_sum(memoryview(data)[start:]), frame.csum_offset)
+        struct.pack_into(">H", data, start + frame.csum_offset, checksum(ones_sum(memoryview(data)[start:])))
     return data
 
 
@@ -43,13 +36,6 @@ def finished(frame: Frame) -> list[Frame]:
     if not frame.gso_size:
         return [Frame(summed(frame))]
     return [Frame(data) for data in _segments(frame)]
-
-
-def _store(data: bytearray, at: int, total: int, offset: int) -> None:
-    value = ~total & 0xFFFF
-    if not value and offset == _UDP_CHECKSUM:
-        value = 0xFFFF  # 0 says that there is none (RFC 768)
-    struct.pack_into(">H", data, at, value)
 
 
 def _segments(frame: Frame) -> list[bytearray]:
@@ -82,10 +68,10 @@ def _segments(frame: Frame) -> list[bytearray]:
         if kind == _IPV4:
             struct.pack_into(">H", segment, ip + 2, len(segment) - ip)
             struct.pack_into(">H", segment, ip + 4, identity + number & 0xFFFF)
-            struct.pack_into(">H", segment, ip + 10, ~ones_sum(memoryview(segment)[ip:tcp]) & 0xFFFF)
+            struct.pack_into(">H", segment, ip + 10, checksum(ones_sum(memoryview(segment)[ip:tcp])))
         else:
             struct.pack_into(">H", segment, ip + 4, len(segment) - ip - 40)
         total = pseudo + length + ones_sum(memoryview(segment)[tcp:])
-        _store(segment, tcp + 16, total % 0xFFFF, 16)
+        struct.pack_into(">H", segment, tcp + 16, checksum(total))
         pieces.append(segment)
     return pieces

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import os
 import socket
 import stat
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -251,22 +252,38 @@ def connect_or_listen(path: Path) -> tuple[socket.socket, bool]:
     HostError."""
     if len(os.fsencode(path)) > _SUN_PATH_MAX:
         raise ConfigError(f"{path} is too long for a socket: {_SUN_PATH_MAX} bytes at most")
-    for _ in range(10):
-        for attempt in (_connect, _listen):
-            made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                attempt(made, path)
-            except OSError as error:
-                made.close()
-                if error.errno not in (errno.ENOENT, errno.ECONNREFUSED, errno.EADDRINUSE):
-                    raise HostError(f"cannot use {path} as a socket: {error.strerror}") from error
-                if error.errno == errno.ENOENT and attempt is _listen:
-                    raise HostError(f"cannot make the socket {path}: {error.strerror}") from error
-                if error.errno == errno.ECONNREFUSED:
-                    _remove_stale(path)
-            else:
-                return made, attempt is _listen
+    with _alone(path.parent):
+        for _ in range(10):
+            for attempt in (_connect, _listen):
+                made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                try:
+                    attempt(made, path)
+                except OSError as error:
+                    made.close()
+                    if error.errno not in (errno.ENOENT, errno.ECONNREFUSED, errno.EADDRINUSE):
+                        raise HostError(f"cannot use {path} as a socket: {error.strerror}") from error
+                    if error.errno == errno.ENOENT and attempt is _listen:
+                        raise HostError(f"cannot make the socket {path}: {error.strerror}") from error
+                    if error.errno == errno.ECONNREFUSED:
+                        _remove_stale(path)
+                else:
+                    return made, attempt is _listen
     raise HostError(f"cannot use {path} as a socket: others make and remove it all the time")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One at a time in ``folder``: of two that find a stale socket, the second would remove what the first has made in
+    its place; and a socket that is bound and does not listen yet looks stale."""
+    fd = -1
+    with contextlib.suppress(OSError):  # what is wrong with the folder is said by who uses it
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if fd >= 0:
+            os.close(fd)
 
 
 def _connect(made: socket.socket, path: Path) -> None:

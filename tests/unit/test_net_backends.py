@@ -9,7 +9,9 @@ import shutil
 import socket
 import struct
 import subprocess
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 from avmm.backends.cable import Cable
 from avmm.backends.offload import finished
 from avmm.backends.pcap import Pcap
-from avmm.backends.stream import FRAME_MAX, Deframer, Stream
+from avmm.backends.stream import FRAME_MAX, Deframer, Stream, connect_or_listen
 from avmm.backends.switch import Switch
 from avmm.config import NetConfig, PublishConfig, VmConfig, net_configs
 from avmm.errors import ConfigError, HostError
@@ -475,6 +477,29 @@ def test_sockets_that_cannot_be(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as left:  # by a process that was killed
         left.bind(str(tmp_path / "stale"))
     Stream(tmp_path / "stale").close()
+
+
+def test_of_many_at_once_one_listens(tmp_path: Path) -> None:
+    """And all others reach it, though each finds the socket of a process that was killed."""
+    path = tmp_path / "net"
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(100):
+            with socket.socket(socket.AF_UNIX) as left:
+                left.bind(str(path))
+            together = threading.Barrier(4)
+
+            def meet(together: threading.Barrier = together) -> tuple[socket.socket, bool]:
+                together.wait()
+                return connect_or_listen(path)
+
+            found = [each.result() for each in [pool.submit(meet) for _ in range(4)]]
+            assert [listens for _, listens in found].count(True) == 1
+            (listener,) = [made for made, listens in found if listens]
+            for _ in range(3):
+                listener.accept()[0].close()
+            for made, _ in found:
+                made.close()
+            path.unlink()
 
 
 # What the user types.

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from avmm.backends.checksum import checksum, ones_sum
 from avmm.backends.usernet import dhcp, dns
 from avmm.backends.usernet.fragments import Fragments, cut
 from avmm.backends.usernet.packet import (
@@ -25,9 +26,7 @@ from avmm.backends.usernet.packet import (
     TcpHeader,
     address,
     build_udp,
-    checksum,
     put_ipv4,
-    total,
 )
 from avmm.backends.usernet.plan import Plan
 from avmm.backends.usernet.stack import Address, Stack
@@ -97,7 +96,7 @@ def slow_sum(data: bytes) -> int:
 
 @given(st.binary(max_size=200))
 def test_sums(data: bytes) -> None:
-    assert total(data) % 0xFFFF == slow_sum(data) % 0xFFFF
+    assert ones_sum(data) % 0xFFFF == slow_sum(data) % 0xFFFF
 
 
 def test_arp_answers_for_what_is_ours(stack: Stack) -> None:
@@ -116,7 +115,7 @@ def test_arp_answers_for_what_is_ours(stack: Stack) -> None:
 
 def test_ping(stack: Stack) -> None:
     body = bytearray(struct.pack("!BBHHH", 8, 0, 0, 7, 1) + bytes(range(56)))
-    body[2:4] = checksum(total(body)).to_bytes(2, "big")
+    body[2:4] = checksum(ones_sum(body)).to_bytes(2, "big")
     frame = bytearray(L4_AT) + body
     put_ipv4(frame, MACS, GUEST, GATEWAY, PROTO_ICMP)
     stack.input(Frame(frame), 0.0)
@@ -222,7 +221,7 @@ def test_large_datagrams_both_ways() -> None:
     assert len(frames) == 7
     # The same, sent back by a guest.
     frame = build_udp(MACS, (GUEST, 5000), (GATEWAY, 7), payload)
-    frame[L4_AT + 6 : L4_AT + 8] = checksum(total(memoryview(frame)[L4_AT:])).to_bytes(2, "big")
+    frame[L4_AT + 6 : L4_AT + 8] = checksum(ones_sum(memoryview(frame)[L4_AT:])).to_bytes(2, "big")
     for piece in cut(frame, MACS, PROTO_UDP, 3, 1500):
         stack.input(Frame(piece), 0.0)
     assert host.datagrams == [((GUEST, 5000), (GATEWAY, 7), payload)]
@@ -293,7 +292,7 @@ def mutate(data: bytes, changes: list[tuple[int, int]], cut_off: int) -> bytes:
     if len(changed) >= L4_AT and changed[12:14] == b"\x08\x00":
         changed[IP_AT + 10 : IP_AT + 12] = b"\0\0"
         header = memoryview(changed)[IP_AT : IP_AT + (changed[IP_AT] & 15) * 4]
-        changed[IP_AT + 10 : IP_AT + 12] = checksum(total(bytes(header))).to_bytes(2, "big")
+        changed[IP_AT + 10 : IP_AT + 12] = checksum(ones_sum(bytes(header))).to_bytes(2, "big")
     return bytes(changed)
 
 

@@ -10,6 +10,8 @@ import socket
 import struct
 from typing import Final, TypeAlias
 
+from avmm.backends.checksum import checksum, ones_sum
+
 Octets: TypeAlias = bytes | bytearray | memoryview
 
 ETHERNET: Final = struct.Struct("!6s6sH")  # destination, source, type
@@ -50,25 +52,9 @@ def name(packed: bytes) -> str:
     return socket.inet_ntop(socket.AF_INET, packed)
 
 
-def total(data: Octets) -> int:
-    """The ones' complement sum of big-endian 16-bit words (RFC 1071), not yet inverted; 0..0xFFFF.
-
-    2**16 is 1 modulo 0xFFFF, so that the remainder of the whole as one number is the sum of its words: the loop over
-    them runs in C.
-    """
-    view = memoryview(data)
-    number = int.from_bytes(view, "big")
-    return (number << 8 if len(view) & 1 else number) % 0xFFFF
-
-
-def checksum(number: int) -> int:
-    """The Internet checksum for the sum of all words, checksum field as zero. Never 0, which UDP reads as "none"."""
-    return 0xFFFF - number % 0xFFFF
-
-
 def pseudo(source: bytes, destination: bytes, protocol: int, length: int) -> int:
     """The sum of the pseudo-header that TCP and UDP add to theirs (RFC 9293, 3.1)."""
-    return total(source + destination) + protocol + length
+    return ones_sum(source + destination) + protocol + length
 
 
 def put_ipv4(
@@ -83,7 +69,7 @@ def put_ipv4(
 ) -> None:
     """Write the Ethernet and IPv4 headers of a packet that fills ``buffer``; ``macs`` is (destination, source)."""
     length = len(buffer) - IP_AT
-    header = 0x4500 + length + ident + fragment + (_TTL << 8 | protocol) + total(source + destination)
+    header = 0x4500 + length + ident + fragment + (_TTL << 8 | protocol) + ones_sum(source + destination)
     _HEADERS.pack_into(
         buffer, 0, *macs, TYPE_IPV4, 0x45, 0, length, ident, fragment, _TTL, protocol, checksum(header), source,
         destination,
@@ -99,7 +85,7 @@ class TcpHeader:
         self.macs = macs
         self._pair = source, destination
         self._ports = ports
-        pair = total(source + destination)
+        pair = ones_sum(source + destination)
         self._ip = 0x4500 + DONT_FRAGMENT + (_TTL << 8 | PROTO_TCP) + pair
         self._tcp = PROTO_TCP + pair
 

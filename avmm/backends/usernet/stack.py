@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Final, Protocol, TypeAlias
 
+from avmm.backends.checksum import checksum, ones_sum
 from avmm.backends.usernet import dhcp, dns
 from avmm.backends.usernet.fragments import Fragments, cut
 from avmm.backends.usernet.packet import (
@@ -43,11 +44,9 @@ from avmm.backends.usernet.packet import (
     Octets,
     TcpHeader,
     build_udp,
-    checksum,
     name,
     pseudo,
     put_ipv4,
-    total,
 )
 from avmm.backends.usernet.plan import Plan
 from avmm.backends.usernet.tcp import ACK, RST, SYN, Connection, State
@@ -192,7 +191,7 @@ class Stack:
             self._emit(frame, 6)
             return
         # The sum so far is of the pseudo-header, in the checksum's place, as part of what is to be summed.
-        frame[L4_AT + 6 : L4_AT + 8] = checksum(total(memoryview(frame)[L4_AT:])).to_bytes(2, "big")
+        frame[L4_AT + 6 : L4_AT + 8] = checksum(ones_sum(memoryview(frame)[L4_AT:])).to_bytes(2, "big")
         for piece in cut(frame, macs, PROTO_UDP, next(self._idents) & 0xFFFF, _MTU):
             self._emit(piece, None)
 
@@ -223,7 +222,7 @@ class Stack:
         header = (first & 15) << 2
         if first >> 4 != 4 or header < IPV4.size or not header <= length <= len(data) - IP_AT:
             return False
-        if total(data[IP_AT : IP_AT + header]) not in (0, 0xFFFF):
+        if ones_sum(data[IP_AT : IP_AT + header]):
             return False
         if source != NOBODY:
             if not self.plan.inside(source) or self.claims(source):
@@ -286,7 +285,7 @@ class Stack:
         self._emit(frame + ARP.pack(1, TYPE_IPV4, 6, 4, operation, ours, source, mac, target), None)
 
     def _icmp(self, source: bytes, destination: bytes, data: memoryview) -> bool:
-        if len(data) < ICMP.size or total(data) not in (0, 0xFFFF):
+        if len(data) < ICMP.size or ones_sum(data):
             return False
         if data[0] == _ECHO and data[1] == 0 and self.claims(destination) and source in self._neighbours:
             self._send_icmp(_ECHO_REPLY, 0, data[4:], destination, source)
@@ -294,7 +293,7 @@ class Stack:
 
     def _send_icmp(self, kind: int, code: int, rest: Octets, source: bytes, destination: bytes) -> None:
         body = bytearray((kind, code, 0, 0)) + rest
-        body[2:4] = checksum(total(body)).to_bytes(2, "big")
+        body[2:4] = checksum(ones_sum(body)).to_bytes(2, "big")
         macs = (self._neighbours[destination], self.plan.mac)
         frame = bytearray(L4_AT) + body
         if len(frame) - IP_AT <= _MTU:
@@ -320,7 +319,7 @@ class Stack:
         if not UDP.size <= length <= len(data):
             return False
         data = data[:length]
-        if given and not partial and (total(data) + pseudo(source, destination, PROTO_UDP, length)) % 0xFFFF:
+        if given and not partial and (ones_sum(data) + pseudo(source, destination, PROTO_UDP, length)) % 0xFFFF:
             return False
         payload = data[UDP.size :]
         plan = self.plan
@@ -353,7 +352,7 @@ class Stack:
         header = offset >> 4 << 2
         if not TCP.size <= header <= len(data):
             return False
-        if not partial and (total(data) + pseudo(source, destination, PROTO_TCP, len(data))) % 0xFFFF:
+        if not partial and (ones_sum(data) + pseudo(source, destination, PROTO_TCP, len(data))) % 0xFFFF:
             return False
         key = source + destination + data[:4]
         connection = self._connections.get(key)

@@ -318,6 +318,8 @@ class Connection:
             if state is State.SYN_RECEIVED and flags & SYN:
                 self._send_syn()
             else:
+                if state is State.TIME_WAIT and span:
+                    self._alarm(_TIME_WAIT)  # our last word was lost: RFC 9293, 3.10.7.4 on FIN in TIME-WAIT
                 self._send_ack()
             if ahead <= offered and flags & ACK:  # which may be news even so
                 self._acknowledged(sequence, acknowledgement, window, True)

@@ -276,13 +276,11 @@ class Virtqueue:
             pass
 
     def _chain(self, head: int) -> Chain:
-        readable: list[memoryview] = []
-        writable: list[memoryview] = []
-        spans: list[tuple[int, int]] = []
+        readable: list[tuple[int, int]] = []
+        writable: list[tuple[int, int]] = []
         table, size = self._desc, self._size
         index = head
         unpack = _DESC.unpack_from
-        view = self._memory.view
         inside = False  # an indirect table
         for _ in range(CHAIN_MAX + 1):
             if index >= size:
@@ -291,16 +289,22 @@ class Virtqueue:
             if flags & _INDIRECT:
                 if inside or flags & _NEXT or not self._indirect or not length or length % 16:
                     raise GuestError("an indirect descriptor where none can be")
-                table, size, index, inside = view(address, length), length // 16, 0, True
+                table, size, index, inside = self._memory.view(address, length), length // 16, 0, True
                 continue
+            spans = readable
             if flags & _WRITE:
-                writable.append(view(address, length))
-                spans.append((address, length))
+                spans = writable
             elif writable:
                 raise GuestError("a readable descriptor follows a writable one")
+            if spans and sum(spans[-1]) == address:
+                # A page cache's pages often lie side by side: what is one buffer costs one view and one iovec.
+                spans[-1] = (spans[-1][0], spans[-1][1] + length)
             else:
-                readable.append(view(address, length))
+                spans.append((address, length))
             if not flags & _NEXT:
-                return Chain(self, head, readable, writable, spans)
+                view = self._memory.view
+                return Chain(
+                    self, head, [view(*span) for span in readable], [view(*span) for span in writable], writable
+                )
             index = following
         raise GuestError(f"a descriptor chain is longer than {CHAIN_MAX}")
