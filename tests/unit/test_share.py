@@ -107,6 +107,8 @@ def test_a_newer_kernel_is_told_to_speak_our_version(share: MakeShare) -> None:
     client = Client(share())
     answer = client.call(Op.INIT, 0, fuse.INIT_IN.pack(8, 0, 0, 0))
     assert fuse.INIT_OUT.unpack(answer)[:2] == (7, 38)
+    answer = client.call(Op.INIT, 0, fuse.INIT_IN.pack(7, 38, 1 << 17, 0))
+    assert fuse.INIT_OUT.unpack(answer)[:3] == (7, 38, 1 << 20)  # who reads further ahead than it asks for may go on
     refused(errno.EPROTO, client.call, Op.INIT, 0, fuse.INIT_IN.pack(7, 30, 0, 0))
 
 

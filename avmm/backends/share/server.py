@@ -239,7 +239,7 @@ class Share:
     # On a thread.
 
     def _init(self, request: Request) -> bytes:
-        major, minor, readahead, flags = fuse.INIT_IN.unpack_from(request.body)
+        major, minor, _, flags = fuse.INIT_IN.unpack_from(request.body)
         if major > fuse.MAJOR:  # it will ask again, for this one
             return fuse.INIT_OUT.pack(fuse.MAJOR, fuse.MINOR, 0, 0, 0, 0, 0, 0, 0, 0, 0)
         if (major, minor) < (fuse.MAJOR, fuse.MINOR_MIN):
@@ -247,8 +247,10 @@ class Share:
         self._folder.clear()
         self._flags = flags & (_FEATURES | (_CACHING if self._valid else 0))
         self._started = True
+        # How far to read ahead at most: Linux takes the smaller of this and of what it has been told to by then, which
+        # is more than what it asks for here if our initrd was sooner than this answer.
         return fuse.INIT_OUT.pack(
-            fuse.MAJOR, fuse.MINOR, readahead, self._flags, _BACKGROUND, _BACKGROUND * 3 // 4, _DATA_MAX, 1,
+            fuse.MAJOR, fuse.MINOR, _DATA_MAX, self._flags, _BACKGROUND, _BACKGROUND * 3 // 4, _DATA_MAX, 1,
             _PAGES_MAX, 0, 0,
         )  # fmt: skip
 

@@ -21,8 +21,9 @@ from typing import Final
 from avmm.errors import GuestError
 from avmm.memory import GuestMemory, split
 
-#: Descriptors in one chain, at most, whatever the queue's size (2.7.5.3.1 allows no more than the largest queue).
-CHAIN_MAX: Final = 256
+#: Descriptors in one chain, at most, whatever the queue's size (2.7.5.3.1 allows no more than the largest queue): a
+#: megabyte in pages of 4 KiB, which is what Linux's file systems ask for at a time, and the headers.
+CHAIN_MAX: Final = 512
 
 _DESC: Final = struct.Struct("<QIHH")  # address, length, flags, next (2.7.5)
 _USED_ELEM: Final = struct.Struct("<II")  # id, length (2.7.8)
