@@ -337,6 +337,9 @@ class VmConfig:
         ``append`` is added to the default command line; ``cmdline`` replaces it. ``pcap`` records the first of ``net``.
         ``agent``: run avmm's agent in the guest, where there is an initrd to put it into.
         """
+        for what, path in (("kernel", kernel), ("initrd", initrd)):
+            if path is not None and not os.fspath(path):  # which Path would take for the current folder
+                raise ConfigError(f"the path of the {what} is empty")
         size = parse_size(memory)
         if not MEMORY_MIN <= size <= MEMORY_MAX:
             raise ConfigError(

@@ -101,7 +101,11 @@ def open_file(path: Path, read_only: bool) -> int:
     try:
         fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
     except OSError as error:
-        hint = "; open it with ro" if error.errno in (errno.EACCES, errno.EROFS) and not read_only else ""
+        hint = ""
+        if error.errno in (errno.EACCES, errno.EROFS) and not read_only:
+            hint = "; open it with ro"
+        elif error.errno == errno.ENOENT and path.parent.is_dir():
+            hint = f"; `truncate -s 4G {path}` makes an empty one"
         raise ImageError(f"cannot open the disk {path}: {error.strerror}{hint}") from error
     try:
         if not (stat.S_ISREG(os.fstat(fd).st_mode) or stat.S_ISBLK(os.fstat(fd).st_mode)):

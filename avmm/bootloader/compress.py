@@ -50,7 +50,7 @@ def pieces(kind: str, data: Buffer, limit: int) -> Iterator[bytes]:
                 raise TooLarge(f"unpacks to more than {limit >> 20} MiB")
             yield piece
     except (zlib.error, lzma.LZMAError, EOFError) as error:
-        raise ImageError(f"the {kind} data is damaged: {error}") from error
+        raise ImageError(f"the {kind} data is damaged ({error}): get the file again") from error
 
 
 def _decoder(kind: str, data: Buffer) -> Iterator[bytes]:

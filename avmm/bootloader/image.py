@@ -51,11 +51,11 @@ def read_file(path: str | os.PathLike[str], what: str, limit: int) -> bytes:
     except FileNotFoundError:
         raise ImageError(f"{path}: there is no such {what}; `avmm fetch debian` gets one") from None
     except IsADirectoryError:
-        raise ImageError(f"{path}: is a folder, not a {what}") from None
+        raise ImageError(f"{path}: this is a folder; name the file of the {what} in it") from None
     except OSError as error:
         raise ImageError(f"{path}: cannot read this {what}: {error.strerror}") from error
     if not content:
-        raise ImageError(f"{path}: this {what} is empty")
+        raise ImageError(f"{path}: this {what} is empty: get the file again")
     if len(content) > limit:
         raise ImageError(f"{path}: this {what} is larger than the guest's memory of {limit >> 20} MiB: give it more")
     return bytes(content)

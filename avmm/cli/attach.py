@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -15,20 +14,17 @@ from pathlib import Path
 import uvloop
 
 from avmm.cli.exitcodes import ExitCode
-from avmm.cli.terminal import HELP, EscapeKey, Output, raw_mode, read_input, say
+from avmm.cli.session import KEEP, Outside, beside, exit_code
+from avmm.cli.terminal import HELP, EscapeKey, raw_mode, read_input, say
 from avmm.config import VmConfig
-from avmm.errors import GuestError, GuestPanic
 from avmm.snapshot.store import load
 from avmm.vm import Outcome, VirtualMachine
-
-#: Output kept for error messages; stdout has it all.
-_KEEP = 1 << 16
 
 
 def run(config: VmConfig, *, timeout: float | None, timing: bool, monitor: bool, trace: str | None) -> int:
     """Boot and stay until the guest ends, the user quits or ``timeout`` seconds have passed; the exit code."""
     return uvloop.run(
-        _attach(lambda: VirtualMachine(config, keep_output=_KEEP, monitor=monitor, trace=trace), timeout, timing)
+        _attach(lambda: VirtualMachine(config, keep_output=KEEP, monitor=monitor, trace=trace), timeout, timing)
     )
 
 
@@ -37,7 +33,7 @@ def resume(path: Path, *, timeout: float | None, timing: bool, monitor: bool) ->
 
     def make() -> VirtualMachine:
         config, origin = load(path)
-        return VirtualMachine(config, origin=origin, keep_output=_KEEP, monitor=monitor)
+        return VirtualMachine(config, origin=origin, keep_output=KEEP, monitor=monitor)
 
     return uvloop.run(_attach(make, timeout, timing))
 
@@ -60,18 +56,9 @@ def configure_logging(verbose: int) -> None:
 
 
 async def _attach(make: Callable[[], VirtualMachine], timeout: float | None, timing: bool) -> int:
-    loop = asyncio.get_running_loop()
-    quitting: asyncio.Future[int] = loop.create_future()
-
-    def quit(code: int) -> None:
-        if not quitting.done():
-            quitting.set_result(code)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        loop.add_signal_handler(number, quit, ExitCode.SIGNAL + number)
+    outside = Outside()
     stdin, stdout = 0, 1
-    # A reader that went away is a SIGPIPE to any other program.
-    output = Output(stdout, on_broken=lambda: quit(ExitCode.SIGNAL + signal.SIGPIPE))
+    output = outside.output(stdout)
     vm = make()
     vm.console.listen(output.write)
     output.on_full = vm.hold_output
@@ -80,26 +67,16 @@ async def _attach(make: Callable[[], VirtualMachine], timeout: float | None, tim
         await stack.enter_async_context(vm)
         keys = None
         if os.isatty(stdin):
-            keys = EscapeKey(lambda: quit(ExitCode.POWER_OFF), lambda: say(HELP))
+            keys = EscapeKey(lambda: outside.end(ExitCode.POWER_OFF), lambda: say(HELP))
             say("avmm: Ctrl-A x quits, Ctrl-A h helps")
             stack.enter_context(raw_mode(stdin))
-        typing = asyncio.create_task(_type(vm, stdin, keys))
+        await stack.enter_async_context(beside(_type(vm, stdin, keys)))
         ending = asyncio.create_task(vm.wait())
-        try:
-            await asyncio.wait((ending, quitting), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            typing.cancel()
-            await asyncio.gather(typing, return_exceptions=True)
-        if not ending.done():
-            ending.cancel()
-            await asyncio.gather(ending, return_exceptions=True)
-    if ending.done() and not ending.cancelled():
-        code = _explain(ending.result())
-    elif quitting.done():
-        code = quitting.result()
-    else:
+        code = await outside.outlasts(ending, timeout)
+    if code is None:
+        code = outside.code or _explain(ending.result())  # the last output may have found no reader
+    elif code == ExitCode.TIMEOUT:
         say(f"avmm: the guest was still running after {timeout:g} s")
-        code = ExitCode.TIMEOUT
     if timing:
         _print_timing(vm)
     return code
@@ -115,9 +92,7 @@ def _explain(outcome: Outcome) -> int:
     if outcome.error is None:
         return ExitCode.POWER_OFF
     say(f"avmm: {outcome.error}")
-    if isinstance(outcome.error, GuestPanic):
-        return ExitCode.PANIC
-    return ExitCode.GUEST if isinstance(outcome.error, GuestError) else ExitCode.HOST
+    return exit_code(outcome.error)
 
 
 def _print_timing(vm: VirtualMachine) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 
 from avmm.cli.exitcodes import ExitCode
+from avmm.cli.parser import Commands, seconds
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: Commands) -> None:
     """Declare ``boot``."""
     p = commands.add_parser(
         "boot",
@@ -17,7 +18,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "avmm's.",
         epilog="exit codes: 0 guest power-off, 2 bad usage or image, 3 engine or avmm error, 4 guest panic, "
         "5 guest fault, 124 timeout, 128+N ended by signal N",
-        allow_abbrev=False,
     )
     p.add_argument("kernel", metavar="KERNEL", help="Image, Image.gz or EFI zboot image of an arm64 kernel")
     p.add_argument("initrd", metavar="INITRD", nargs="?", help="initial ramdisk")
@@ -26,10 +26,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     p.add_argument("-m", "--memory", metavar="SIZE", default="512M", help="guest RAM (default 512M)")
     p.add_argument("-c", "--cpus", metavar="N", type=int, default=1, help="number of vCPUs (default 1)")
     p.add_argument(
-        "--engine", default="auto", help="auto, framework, softhv, softhv,interpreter or softhv,turns (default auto)"
-    )
+        "--engine", metavar="NAME", default="auto",
+        help="auto, framework, softhv, softhv,interpreter or softhv,turns (default auto)",
+    )  # fmt: skip
     p.add_argument("--fault", metavar="SPEC", help="make softhv misbehave, as in unknown=0.1,late-kick=200us")
-    p.add_argument("--irqchip", default="avmm", help="avmm or hypervisor: whose interrupt controller (default avmm)")
+    p.add_argument(
+        "--irqchip",
+        metavar="NAME",
+        default="avmm",
+        help="avmm or hypervisor: whose interrupt controller (default avmm)",
+    )
     p.add_argument(
         "-d", "--drive", metavar="PATH[,ro][,snapshot][,format=raw|qcow2]", action="append", default=[], dest="drives",
         help="a disk, /dev/vda and on; ro: read only, snapshot: forget what is written (repeat for more)",
@@ -65,14 +71,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     p.add_argument("--no-monitor", action="store_true", help="keep this VM out of `avmm top`")
     p.add_argument("-v", "--verbose", action="count", default=0, help="log to stderr (-vv: debug)")
     p.set_defaults(run=run)
-
-
-def seconds(text: str) -> float:
-    """A number of seconds, as an option's value."""
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
-    return value
 
 
 def _allow_files() -> None:
@@ -129,16 +127,14 @@ def run(args: argparse.Namespace) -> int:
     from avmm.cli import attach
 
     _allow_files()
+    if args.verbose or args.trace:
+        attach.configure_logging(args.verbose)
     if args.guest_command is not None:
         if not args.guest_command:
             raise ConfigError("which command? avmm boot KERNEL INITRD -- COMMAND")
         from avmm.cli import command
 
-        if args.verbose or args.trace:
-            attach.configure_logging(args.verbose)
         return command.run(
             config, args.guest_command, timeout=args.timeout, monitor=not args.no_monitor, trace=args.trace
         )
-    if args.verbose or args.trace:
-        attach.configure_logging(args.verbose)
     return attach.run(config, timeout=args.timeout, timing=args.timing, monitor=not args.no_monitor, trace=args.trace)

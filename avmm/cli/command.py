@@ -6,20 +6,20 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Callable
 
 import uvloop
 
 from avmm.cli.exitcodes import ExitCode
+from avmm.cli.session import KEEP, Outside, beside, exit_code
 from avmm.cli.terminal import EscapeKey, Output, raw_mode, read_input, say
 from avmm.config import VmConfig
 from avmm.debian import ready_pattern
-from avmm.errors import AvmmError, ConfigError, GuestError, GuestPanic, WaitTimeout
+from avmm.errors import AvmmError, ConfigError, WaitTimeout
 from avmm.guest.process import Process
 from avmm.vm import VirtualMachine
 
-#: Console output kept for a guest that does not come up, in bytes, and how much of it is shown.
-_KEEP, _SHOWN = 1 << 16, 2000
+#: How much of the console's output, in bytes, is shown of a guest that does not come up.
+_SHOWN = 2000
 
 
 def run(config: VmConfig, argv: list[str], *, timeout: float | None, monitor: bool, trace: str | None) -> int:
@@ -30,63 +30,44 @@ def run(config: VmConfig, argv: list[str], *, timeout: float | None, monitor: bo
 
 
 async def _run(config: VmConfig, argv: list[str], timeout: float | None, monitor: bool, trace: str | None) -> int:
-    loop = asyncio.get_running_loop()
-    quitting: asyncio.Future[int] = loop.create_future()
-
-    def quit(code: int) -> None:
-        if not quitting.done():
-            quitting.set_result(code)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        loop.add_signal_handler(number, quit, ExitCode.SIGNAL + number)
-    vm = VirtualMachine(config, keep_output=_KEEP, monitor=monitor, trace=trace)
-    async with vm:
-        work = asyncio.create_task(_command(vm, argv, quit))
-        await asyncio.wait((work, quitting), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
-            if quitting.done():
-                return quitting.result()
-            say(f"avmm: the command had not ended after {timeout:g} s")
-            return ExitCode.TIMEOUT
+    outside = Outside()
+    async with VirtualMachine(config, keep_output=KEEP, monitor=monitor, trace=trace) as vm:
+        work = asyncio.create_task(_command(vm, argv, outside))
+        code = await outside.outlasts(work, timeout)
+        if code is not None:
+            if code == ExitCode.TIMEOUT:
+                say(f"avmm: the command had not ended after {timeout:g} s")
+            return code
         try:
             return work.result()
         except AvmmError as error:
             last = vm.console.output[-_SHOWN:].decode(errors="replace").replace("\r\n", "\n").strip()
             say(f"avmm: {error}" + (f"; the guest's console last showed:\n{last}" if last else ""))
-            if isinstance(error, GuestPanic):
-                return ExitCode.PANIC
-            return ExitCode.GUEST if isinstance(error, GuestError | WaitTimeout) else ExitCode.HOST
+            return ExitCode.GUEST if isinstance(error, WaitTimeout) else exit_code(error)
 
 
-async def _command(vm: VirtualMachine, argv: list[str], quit: Callable[[int], None]) -> int:
+async def _command(vm: VirtualMachine, argv: list[str], outside: Outside) -> int:
     if (pattern := ready_pattern(vm.config)) is not None:
         await vm.console.expect(pattern)
-    broken = ExitCode.SIGNAL + signal.SIGPIPE
     terminal = os.isatty(0) and os.isatty(1)
     async with contextlib.AsyncExitStack() as stack:
         size = os.get_terminal_size(0) if terminal else (80, 24)
         env = {"TERM": os.environ.get("TERM", "dumb")} if terminal else None
         process = await stack.enter_async_context(await vm.popen(*argv, pty=terminal, size=(size[0], size[1]), env=env))
-        outputs = [Output(fd, on_broken=lambda: quit(broken)) for fd in ((1,) if terminal else (1, 2))]
+        outputs = [outside.output(fd) for fd in ((1,) if terminal else (1, 2))]
         for output in outputs:
             stack.callback(output.flush)
         keys = None
         if terminal:
-            keys = EscapeKey(lambda: quit(ExitCode.SIGNAL + signal.SIGHUP), lambda: None)
+            keys = EscapeKey(lambda: outside.end(ExitCode.SIGNAL + signal.SIGHUP), lambda: None)
             stack.enter_context(raw_mode(0))
             loop = asyncio.get_running_loop()
             loop.add_signal_handler(signal.SIGWINCH, lambda: process.resize(*os.get_terminal_size(0)))
             stack.callback(loop.remove_signal_handler, signal.SIGWINCH)
-        typing = asyncio.create_task(_type(process, keys))
         readers = [reader for reader in (process.stdout, process.stderr) if reader is not None]
-        try:
+        async with beside(_type(process, keys)):
             await asyncio.gather(*map(_show, readers, outputs))
             code = await process.wait()
-        finally:
-            typing.cancel()
-            await asyncio.gather(typing, return_exceptions=True)
     return code if code >= 0 else ExitCode.SIGNAL - code
 
 

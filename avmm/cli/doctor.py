@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 
 from avmm.cli.exitcodes import ExitCode
+from avmm.cli.parser import Commands
 
 #: Exit code when something is not as assumed.
 NOT_AS_ASSUMED = 1
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: Commands) -> None:
     """Declare ``doctor``."""
     p = commands.add_parser(
         "doctor",
@@ -18,10 +19,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Test every assumption avmm makes about this host and its hypervisor with tiny guests, print what "
         "was found, and write it to a file that you can attach to an issue.",
         epilog="exit codes: 0 all as assumed, 1 something is not, 2 bad usage",
-        allow_abbrev=False,
     )
-    p.add_argument("-o", "--output", metavar="FILE", default="avmm-doctor.json", help="default avmm-doctor.json")
-    p.add_argument("--engine", default="auto", help="auto, framework or softhv (default auto)")
+    p.add_argument(
+        "-o", "--output", metavar="FILE", default="avmm-doctor.json", help="the report (default avmm-doctor.json)"
+    )
+    p.add_argument("--engine", metavar="NAME", default="auto", help="auto, framework or softhv (default auto)")
     p.set_defaults(run=run)
 
 

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+
+from avmm.cli.exitcodes import ExitCode
+from avmm.cli.parser import Commands
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add ``fetch`` to the command line's subcommands."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "fetch", help="get a kernel and an initrd to boot", description="Get a kernel and an initrd to boot."
+def add_parser(commands: Commands) -> None:
+    """Declare ``fetch``."""
+    p = commands.add_parser(
+        "fetch",
+        help="get a kernel and an initrd to boot",
+        description="Get a kernel and an initrd to boot, and print the two paths.",
+        epilog="exit codes: 0 there they are, 2 bad usage, 3 they cannot be had",
     )
-    parser.add_argument("what", choices=["debian"], help="whose kernel")
-    parser.add_argument("--release", default="bookworm", help="a Debian release (default: %(default)s)")
-    parser.add_argument(
-        "--flavour", choices=["cloud", "generic", "16k"], default="cloud", help="which kernel (default: %(default)s)"
-    )
-    parser.add_argument("--mirror", metavar="URL", help="a Debian mirror, for hosts without apt")
-    parser.add_argument("--dir", metavar="DIR", help="where to keep it (default: your cache)")
-    parser.add_argument("--refresh", action="store_true", help="look for a newer one even if there is one")
-    parser.set_defaults(run=run)
+    p.add_argument("what", metavar="debian", choices=["debian"], help="whose kernel")
+    p.add_argument("--release", metavar="NAME", default="bookworm", help="a Debian release (default bookworm)")
+    p.add_argument(
+        "--flavour", metavar="cloud|generic|16k", choices=["cloud", "generic", "16k"], default="cloud",
+        help="which kernel (default cloud)",
+    )  # fmt: skip
+    p.add_argument("--mirror", metavar="URL", help="a Debian mirror, for hosts without apt")
+    p.add_argument("--dir", metavar="DIR", help="where to keep it (default: your cache)")
+    p.add_argument("--refresh", action="store_true", help="look for a newer one even if there is one")
+    p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fetch, and print the kernel's path, then the initrd's. Returns the exit status; raises FetchError."""
+    """Fetch, and print the kernel's path, then the initrd's. Raises FetchError."""
     from pathlib import Path
 
     from avmm.debian import fetch_debian
@@ -45,4 +51,4 @@ def run(args: argparse.Namespace) -> int:
             print(start, end="", file=sys.stderr, flush=True)
     print(fetched.kernel)
     print(fetched.initrd)
-    return 0
+    return ExitCode.POWER_OFF

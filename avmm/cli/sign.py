@@ -7,19 +7,19 @@ import sys
 from typing import TYPE_CHECKING
 
 from avmm.cli.exitcodes import ExitCode
+from avmm.cli.parser import Commands
 
 if TYPE_CHECKING:
     from avmm.signing import Signing
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: Commands) -> None:
     """Declare ``sign``."""
     p = commands.add_parser(
         "sign",
         help="macOS: make a Python that may use the hypervisor",
         description="Copy this Python, sign the copy with the hypervisor entitlement, and make the launcher avmm-hv. "
         "Run it again whenever you like: what is in place stays.",
-        allow_abbrev=False,
     )
     p.add_argument("-n", "--dry-run", action="store_true", help="print what would be done")
     p.set_defaults(run=run)

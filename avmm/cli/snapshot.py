@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from avmm.cli.boot import seconds
 from avmm.cli.exitcodes import ExitCode
+from avmm.cli.parser import Commands, Parser, seconds
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: Commands) -> None:
     """Declare ``snapshot``, ``restore`` and ``resume``."""
     p = commands.add_parser(
         "snapshot",
         help="write a running VM to a file",
         description="Write a running VM of yours, its memory, devices and disks, to FILE. It runs on.",
-        allow_abbrev=False,
     )
     p.add_argument(
         "vm", metavar="VM", nargs="?", help="a process id, an id as in `avmm top`, or part of a kernel's name"
@@ -27,7 +26,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Go on from a snapshot, with the guest's console on stdin and stdout; Ctrl-A x quits. "
         "What the guest writes to its disks is forgotten when it ends. Restore only files you trust.",
         epilog="exit codes: as those of `avmm boot`",
-        allow_abbrev=False,
     )
     p.add_argument("file", metavar="FILE", help="a snapshot")
     _common(p)
@@ -35,13 +33,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "resume",
         help="go on from the moment a test failed",
         description="Go on from the snapshot in a failure bundle, as `avmm restore` does.",
-        allow_abbrev=False,
     )
     p.add_argument("file", metavar="BUNDLE", help="the bundle's folder")
     _common(p)
 
 
-def _common(p: argparse.ArgumentParser) -> None:
+def _common(p: Parser) -> None:
     p.add_argument("--timeout", metavar="SECONDS", type=seconds, help="end with exit code 124 after this long")
     p.add_argument("--timing", action="store_true", help="print a timeline and the exits by kind on stderr")
     p.add_argument("--no-monitor", action="store_true", help="keep this VM out of `avmm top`")

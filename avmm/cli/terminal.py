@@ -133,13 +133,13 @@ def _pollable(fd: int) -> bool:
 
 
 class Output:
-    """Bytes to ``fd`` in order, without blocking the loop. ``on_broken`` is called when the reader has gone.
+    """Bytes to ``fd`` in order, without blocking the loop. ``on_broken`` gets the error when that cannot go on.
 
     ``on_full(True)`` is called when the host is slower than the guest by a megabyte, ``on_full(False)`` when it has
     caught up.
     """
 
-    def __init__(self, fd: int, on_broken: Callable[[], None]) -> None:
+    def __init__(self, fd: int, on_broken: Callable[[OSError], None]) -> None:
         self._fd = fd
         self._on_broken = on_broken
         self._loop = asyncio.get_running_loop()
@@ -195,11 +195,11 @@ class Output:
             written = os.write(self._fd, memoryview(self._waiting)[:limit].tobytes())
         except BlockingIOError:
             return
-        except OSError:
+        except OSError as error:
             self._broken = True
             self._waiting.clear()
             self._unwatch()
-            self._on_broken()
+            self._on_broken(error)
             return
         del self._waiting[:written]
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import argparse
 
 from avmm.cli.exitcodes import ExitCode
+from avmm.cli.parser import Commands, seconds
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: Commands) -> None:
     """Declare ``top``."""
     p = commands.add_parser(
         "top",
         help="watch running VMs: CPU, exits, parking, wake-ups",
         description="Show what the vCPUs of your running VMs do, and which path their idling takes.",
         epilog="The library rich (pip install 'avmm[top]') makes it prettier; nothing else needs it.",
-        allow_abbrev=False,
     )
     p.add_argument("vm", metavar="VM", nargs="?", help="a process id, an id as shown, or part of a kernel's name")
-    p.add_argument("--interval", metavar="SECONDS", type=float, default=1.0, help="between two looks (default 1)")
+    p.add_argument("--interval", metavar="SECONDS", type=seconds, default=1.0, help="between two looks (default 1)")
     p.add_argument("--once", action="store_true", help="look over one interval, print, exit")
     form = p.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object per VM and line: raw counters and rates")
@@ -27,7 +27,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Look until interrupted, or once."""
-    import os
     import signal
     import sys
 
@@ -36,15 +35,12 @@ def run(args: argparse.Namespace) -> int:
 
     if not 0.05 <= args.interval <= 3600:
         raise ConfigError(f"--interval must be between 0.05 and 3600 seconds, not {args.interval:g}")
-    try:
-        if args.prometheus:
-            watch.print_prometheus(args.vm)
-        elif args.json:
-            watch.print_json(args.vm, args.interval, args.once)
-        else:
-            watch.show(args.vm, args.interval, args.once)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `avmm top --json | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would try again when it ends
-        return ExitCode.SIGNAL + signal.SIGPIPE
+    for number in (signal.SIGTERM, signal.SIGHUP):  # leave the terminal as it was
+        signal.signal(number, lambda number, frame: sys.exit(ExitCode.SIGNAL + number))
+    if args.prometheus:
+        watch.print_prometheus(args.vm)
+    elif args.json:
+        watch.print_json(args.vm, args.interval, args.once)
+    else:
+        watch.show(args.vm, args.interval, args.once)
     return ExitCode.POWER_OFF

@@ -118,6 +118,16 @@ def test_a_reader_that_goes_away_ends_it(debian: Fetched) -> None:
     process.stdin.close()
 
 
+def test_output_that_does_not_fit_on_the_disk_ends_it(debian: Fetched) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*AVMM, debian.kernel, debian.initrd],
+            stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE, timeout=TIMEOUT,
+        )  # fmt: skip
+    assert done.returncode == 3
+    assert done.stderr == b"avmm: cannot write the guest's output: No space left on device\n"
+
+
 class Terminal:
     """A process on a terminal of its own."""
 

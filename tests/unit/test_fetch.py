@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -19,6 +18,7 @@ import pytest
 from avmm import debian as fetch
 from avmm.bootloader import cpio, deb, modules
 from avmm.cli import fetch as fetch_command
+from avmm.cli.parser import Parser
 from avmm.debian import fetch_debian
 from avmm.errors import FetchError, ImageError
 
@@ -324,7 +324,7 @@ def test_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command_prints_two_paths(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     fetch_command.add_parser(parser.add_subparsers())
     args = parser.parse_args(["fetch", "debian", "--mirror", archive.as_uri(), "--dir", str(tmp_path / "here")])
     assert args.run(args) == 0
