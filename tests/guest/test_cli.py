@@ -43,7 +43,8 @@ poweroff -f
 """
     initrd = with_init(script)
     done = subprocess.run(
-        [*AVMM, debian.kernel, initrd, "-a", "avmm.init=/test-init"],
+        # A line of the kernel's would come in between.
+        [*AVMM, debian.kernel, initrd, "-a", "avmm.init=/test-init loglevel=1"],
         stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
