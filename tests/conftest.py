@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -9,13 +12,29 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("avmm", suppress_health_check=[HealthCheck.too_slow], deadline=None)
 settings.load_profile("avmm")
 
+#: ``avmm boot`` as tests start it, with as many vCPUs as ``--cpus`` asks for; a later ``-c`` has the last word.
+AVMM_BOOT = [sys.executable, "-m", "avmm.cli", "boot"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of our own tests."""
     group = parser.getgroup("avmm's own tests")
     group.addoption("--oracle-cases", type=int, default=100, help="cases per instruction row (default 100)")
     group.addoption("--oracle-seed", default="1", help="the same seed gives the same cases (default 1)")
+    group.addoption("--cpus", type=int, default=1, help="vCPUs of guests for which a test names no number (default 1)")
     group.addoption("--soak", action="store_true", help="run the tests that take minutes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give guests ``--cpus`` vCPUs; let SIGINT end programs, which those of a shell's background job are deaf to."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if (cpus := config.getoption("--cpus")) != 1:
+        from avmm.vm import boot
+
+        assert boot.__kwdefaults__ is not None
+        boot.__kwdefaults__["cpus"] = cpus
+        AVMM_BOOT.extend(["-c", str(cpus)])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

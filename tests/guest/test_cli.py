@@ -8,7 +8,6 @@ import re
 import select
 import signal
 import subprocess
-import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
@@ -17,16 +16,16 @@ from pathlib import Path
 import pytest
 
 from avmm.debian import Fetched
+from tests.conftest import AVMM_BOOT
 
 pytestmark = pytest.mark.guest
 
-AVMM = [sys.executable, "-m", "avmm.cli", "boot"]
 TIMEOUT = 120
 
 
 def test_pipe_in_pipe_out(debian: Fetched) -> None:
     done = subprocess.run(
-        [*AVMM, debian.kernel, debian.initrd], input=b"echo $((6*7))\nexit\n", capture_output=True, timeout=TIMEOUT
+        [*AVMM_BOOT, debian.kernel, debian.initrd], input=b"echo $((6*7))\nexit\n", capture_output=True, timeout=TIMEOUT
     )
     assert done.returncode == 0, done.stderr
     assert b"\r\n42\r\n" in done.stdout
@@ -44,7 +43,7 @@ poweroff -f
     initrd = with_init(script)
     done = subprocess.run(
         # A line of the kernel's would come in between.
-        [*AVMM, debian.kernel, initrd, "-a", "avmm.init=/test-init loglevel=1"],
+        [*AVMM_BOOT, debian.kernel, initrd, "-a", "avmm.init=/test-init loglevel=1"],
         stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -58,21 +57,21 @@ def test_input_from_a_file(debian: Fetched, tmp_path: Path) -> None:
     script.write_bytes(b"echo $((1000+337))\npoweroff -f\n")
     with script.open("rb") as stdin:
         done = subprocess.run(
-            [*AVMM, debian.kernel, debian.initrd], stdin=stdin, capture_output=True, timeout=TIMEOUT
+            [*AVMM_BOOT, debian.kernel, debian.initrd], stdin=stdin, capture_output=True, timeout=TIMEOUT
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert b"\r\n1337\r\n" in done.stdout
 
 
 def test_panic_exits_with_4(debian: Fetched) -> None:
-    done = subprocess.run([*AVMM, debian.kernel], stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT)
+    done = subprocess.run([*AVMM_BOOT, debian.kernel], stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT)
     assert done.returncode == 4
     assert b"guest panicked: VFS: Unable to mount root fs" in done.stderr
 
 
 def test_timeout_exits_with_124(debian: Fetched) -> None:
     done = subprocess.run(
-        [*AVMM, debian.kernel, debian.initrd, "--timeout", "0.5"],
+        [*AVMM_BOOT, debian.kernel, debian.initrd, "--timeout", "0.5"],
         stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT,
     )  # fmt: skip
     assert done.returncode == 124
@@ -81,7 +80,7 @@ def test_timeout_exits_with_124(debian: Fetched) -> None:
 
 def test_no_reboot(debian: Fetched) -> None:
     done = subprocess.run(
-        [*AVMM, debian.kernel, debian.initrd, "--no-reboot"],
+        [*AVMM_BOOT, debian.kernel, debian.initrd, "--no-reboot"],
         input=b"reboot -f\n", capture_output=True, timeout=TIMEOUT,
     )  # fmt: skip
     assert done.returncode == 0
@@ -90,7 +89,7 @@ def test_no_reboot(debian: Fetched) -> None:
 
 def test_timing_goes_to_stderr(debian: Fetched) -> None:
     done = subprocess.run(
-        [*AVMM, debian.kernel, debian.initrd, "--timing"], input=b"exit\n", capture_output=True, timeout=TIMEOUT
+        [*AVMM_BOOT, debian.kernel, debian.initrd, "--timing"], input=b"exit\n", capture_output=True, timeout=TIMEOUT
     )
     assert done.returncode == 0
     names = [line.split(maxsplit=2)[2] for line in done.stderr.decode().splitlines() if " s  " in line]
@@ -100,7 +99,9 @@ def test_timing_goes_to_stderr(debian: Fetched) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_with_128_plus_n(debian: Fetched, number: signal.Signals) -> None:
-    process = subprocess.Popen([*AVMM, debian.kernel, debian.initrd], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*AVMM_BOOT, debian.kernel, debian.initrd], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     assert process.stdout is not None
     assert process.stdin is not None
     _read_until(process.stdout.fileno(), b"Booting Linux")
@@ -110,7 +111,9 @@ def test_a_signal_ends_it_with_128_plus_n(debian: Fetched, number: signal.Signal
 
 
 def test_a_reader_that_goes_away_ends_it(debian: Fetched) -> None:
-    process = subprocess.Popen([*AVMM, debian.kernel, debian.initrd], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*AVMM_BOOT, debian.kernel, debian.initrd], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     assert process.stdout is not None
     assert process.stdin is not None
     _read_until(process.stdout.fileno(), b"Booting Linux")
@@ -122,7 +125,7 @@ def test_a_reader_that_goes_away_ends_it(debian: Fetched) -> None:
 def test_output_that_does_not_fit_on_the_disk_ends_it(debian: Fetched) -> None:
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
-            [*AVMM, debian.kernel, debian.initrd],
+            [*AVMM_BOOT, debian.kernel, debian.initrd],
             stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE, timeout=TIMEOUT,
         )  # fmt: skip
     assert done.returncode == 3
@@ -179,7 +182,7 @@ def _read_until(fd: int, wanted: bytes) -> bytes:
 
 @pytest.fixture
 def terminal(debian: Fetched) -> Iterator[Terminal]:
-    terminal = Terminal(*AVMM, debian.kernel, debian.initrd)
+    terminal = Terminal(*AVMM_BOOT, debian.kernel, debian.initrd)
     yield terminal
     terminal.close()
 
@@ -234,7 +237,7 @@ def test_terminal_is_restored_when_stopped_and_raw_again_after(terminal: Termina
 
 
 def test_terminal_is_untouched_by_an_error_before_boot(tmp_path: Path) -> None:
-    terminal = Terminal(*AVMM, tmp_path / "none")
+    terminal = Terminal(*AVMM_BOOT, tmp_path / "none")
     assert terminal.process.wait(TIMEOUT) == 2
     assert terminal.restored()
     terminal.close()

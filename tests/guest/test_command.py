@@ -14,12 +14,13 @@ import time
 import pytest
 
 from avmm.debian import Fetched
+from tests.conftest import AVMM_BOOT
 
 pytestmark = pytest.mark.guest
 
 
 def argv(debian: Fetched, *command: str, options: tuple[str, ...] = ()) -> list[str]:
-    boot = [sys.executable, "-m", "avmm.cli", "boot", str(debian.kernel), str(debian.initrd), *options]
+    boot = [*AVMM_BOOT, str(debian.kernel), str(debian.initrd), *options]
     return [*boot, "--", *command]
 
 

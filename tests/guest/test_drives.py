@@ -18,6 +18,7 @@ import pytest
 
 import avmm
 from avmm.debian import Fetched
+from tests.conftest import AVMM_BOOT
 from tests.guest import rootfs
 from tests.guest.conftest import READY, any_life
 
@@ -155,7 +156,7 @@ while [ $i -lt 60 ]; do
 done
 sleep 1000
 """)
-    argv = [sys.executable, "-m", "avmm.cli", "boot", str(debian.kernel), str(initrd)]
+    argv = [*AVMM_BOOT, str(debian.kernel), str(initrd)]
     argv += ["-a", "avmm.init=/test-init", "-d", str(disk)]
     with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -17,6 +17,7 @@ import pytest
 
 import avmm
 from avmm.debian import Fetched
+from tests.conftest import AVMM_BOOT
 
 pytestmark = pytest.mark.guest
 
@@ -76,13 +77,16 @@ async def test_waiters_are_told(debian: Fetched, how: str) -> None:
 def test_a_vmm_that_is_killed_leaves_nothing(debian: Fetched, number: int) -> None:
     """No file, process or socket of it is left; the next one starts as if nothing had been."""
     runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}") / "avmm"
-    argv = [sys.executable, "-m", "avmm.cli", "boot", str(debian.kernel), str(debian.initrd), "--", "sleep", "1000"]
+    argv = [*AVMM_BOOT, str(debian.kernel), str(debian.initrd), "--", "sleep", "1000"]
     for delay in (0.3, 1.0, 2.5):
         with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             time.sleep(delay)  # a random moment of its life, not a wait for anything
             process.send_signal(number)
             began = time.monotonic()
-            code = process.wait(30)
+            try:
+                code = process.wait(30)
+            finally:
+                process.kill()
             assert time.monotonic() - began < 5
             assert code in (-number, 128 + number)
     if number != signal.SIGKILL and runtime.is_dir():
