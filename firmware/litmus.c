@@ -65,11 +65,17 @@ static void meet(void) { meet_at(&everyone, count); }
 // A writer that is done before its readers have begun has tested nothing: now and then it waits for each to be at work.
 static volatile u64 alive[MAX_CPUS] LINE;
 
-static void with_readers(u64 round)
+static void await_readers(void)
 {
-    for (u64 i = 1; i < count && round % 256 == 0; i++)
+    for (u64 i = 1; i < count; i++)
         for (u64 now = alive[i]; alive[i] == now;)
             __asm__ volatile("yield");
+}
+
+static void with_readers(u64 round)
+{
+    if (round % 256 == 0)
+        await_readers();
 }
 
 static u64 start(void) // when the test shall end
@@ -289,13 +295,11 @@ static void shoot_down(u64 self)
         u64 ticks = 0, i;
         for (i = 0; i % 16 || counter() < end; i++) {
             u64 from = i & 1;
-            with_readers(i);
             u64 began = counter();
             map((u64)pages[!from]);
             ticks += counter() - began;
-            pages[from][0] = 0; // other things
-            for (volatile int pause = 0; pause < 64; pause++)
-                ;
+            pages[from][0] = 0; // other things, for as long as it takes each reader to look, whenever it runs
+            await_readers();
             pages[from][0] = 1;
             dsb(ish);
         }

@@ -1,10 +1,11 @@
 """A storm on vCPUs that run side by side: fork, exec, mmap, futex, signals and pipes at once, and not one wrong answer.
 
-Half a minute for each number of vCPUs; half an hour with ``--soak``.
+A minute for each number of vCPUs; half an hour with ``--soak``.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
@@ -21,6 +22,9 @@ pytestmark = [
 #: Stressors that check themselves; the names of stress-ng 0.15.
 STRESSORS = "fork exec mmap mremap mprotect futex sigq sigsegv pipe switch vfork clone pthread sem madvise mutex"
 
+#: Not the guest's: the alarm that ends the storm comes twice, and the second may find this stressor in its last write.
+EXCUSED = r"stress-ng: fail: .* pipe: termination write failed, errno=4 .*\n"
+
 #: What runs beside them: data through two programs and a pipe, which must come out as it went in.
 CHECKSUMS = """\
 dd if=/dev/urandom of=/tmp/data bs=64k count=16 2>/dev/null; want=$(sha256sum </tmp/data)
@@ -34,22 +38,23 @@ async def storm(cpus: int, seconds: int, engine: str = "auto") -> None:
     stressors = " ".join(f"--{name} 1" for name in STRESSORS.split())
     async with booted(rootfs(PACKAGES), guest=fetch_or_skip("cloud"), memory="1G", cpus=cpus, engine=engine) as shell:
         await shell.check(CHECKSUMS.replace("\n", "; ").replace("do;", "do").replace("&; ", "&"))
-        said = await shell.check(
-            f"cd /tmp && stress-ng --verify --mmap-bytes 8M --mremap-bytes 4M {stressors} --timeout {seconds} 2>&1",
+        said = await shell.check(  # as a user: the exec stressor refuses to be root
+            "cd /tmp && start-stop-daemon -S -c nobody -x /usr/bin/stress-ng -- --verify --mmap-bytes 8M "
+            f"--mremap-bytes 4M {stressors} --timeout {seconds} 2>&1",
             timeout=20 * seconds + 300,
         )
-        assert "successful run completed" in said, said[-2000:]
-        assert "fail:" not in said, said
         sums = await shell.check("touch /tmp/stop; wait; sort /tmp/sums | uniq -c", timeout=300)
+        told = await shell.check("dmesg | grep -E 'BUG|stall|lockup|Oops|Internal error|WARNING' || true")
         assert "right" in sums
         assert "wrong" not in sums, sums
-        told = await shell.check("dmesg | grep -E 'BUG|stall|lockup|Oops|Internal error|WARNING' || true")
         assert not told, told
+        assert "successful run completed" in said, said[-2000:]
+        assert not re.search("fail:|skipping", re.sub(EXCUSED, "", said)), said
 
 
 @pytest.mark.parametrize("cpus", [2, 4])
 async def test_nothing_is_wrong_after_a_storm(cpus: int) -> None:
-    await storm(cpus, 30)
+    await storm(cpus, 60)
 
 
 @pytest.mark.soak
