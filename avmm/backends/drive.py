@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from avmm.backends.disk import SECTOR, Disk, open_disk
+from avmm.backends.disk import SECTOR, Disk, RawDisk, open_disk
 from avmm.backends.moment import Moment, SharedDisk
 from avmm.backends.partial import PartialDisk, Span, held
 from avmm.backends.qcow2 import Qcow2
-from avmm.backends.threads import Threads
+from avmm.backends.threads import Brief, Threads, is_slow
 from avmm.errors import ConfigError, ImageError
 from avmm.memory import split
 
@@ -48,14 +48,17 @@ class _Fault:
 
 
 class Drive:
-    """``disk`` for one device. Made on the event loop; ``name`` is what messages call it."""
+    """``disk`` for one device. Made on the event loop; ``name`` is what messages call it, ``slow``: its file system may
+    have to wait for a network."""
 
-    def __init__(self, disk: Disk, name: str) -> None:
+    def __init__(self, disk: Disk, name: str, *, slow: bool = False) -> None:
         self.name = name
         self.size = disk.size
         self.read_only = disk.read_only
         self._disk: Disk = disk
         self._pool = Threads(f"avmm-{name}")
+        self._slow = slow
+        self._brief = Brief()
         self._faults: list[_Fault] = []
         self._dead = False
         #: Bytes and requests since the start, by kind.
@@ -68,6 +71,19 @@ class Drive:
         if self._faults or self._dead or not self._disk.read_now(offset, views):
             return False
         self._count("read", sum(map(len, views)))
+        return True
+
+    def write_now(self, offset: int, views: list[memoryview]) -> bool:
+        """Store ``views``, which are small, at once: into the page cache, where there is no waiting as a rule, and not
+        for a while when there was. False leaves it to :meth:`writev`, errors too. On the event loop."""
+        if self._slow or self._faults or self._dead or not isinstance(self._disk, RawDisk) or not self._brief.allowed():
+            return False
+        disk = self._disk
+        try:
+            self._brief.run(lambda: disk.writev(offset, views))
+        except OSError:
+            return False
+        self._count("write", sum(map(len, views)))
         return True
 
     async def readv(self, offset: int, views: list[memoryview]) -> None:
@@ -223,7 +239,7 @@ def open_drive(path: Path, kind: str | None, name: str, *, read_only: bool = Fal
     """The disk in the file ``path``, see :func:`avmm.backends.disk.open_disk`. With ``snapshot`` the file is only read,
     and what is written goes to a temporary one. Raises ImageError."""
     disk = open_disk(path, kind, read_only=read_only or snapshot)
-    return Drive(_overlay(disk, path) if snapshot else disk, name)
+    return Drive(_overlay(disk, path) if snapshot else disk, name, slow=is_slow(path))
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ file of 16 TiB, and whoever fills it gets "no space left".
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import struct
@@ -24,7 +25,7 @@ import sys
 import threading
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -104,6 +105,7 @@ class Qcow2:
         self._flushing = threading.Lock()
         self._tables: dict[int, _Table] = {}
         self._dirty_l1: set[int] = set()
+        self._unused: list[int] = []  # clusters whose count goes down once no table in the file refers to them
         head = os.pread(fd, 1 << 16, 0)
         if len(head) < _HEADER.size or not head.startswith(QCOW2_MAGIC):
             raise ImageError(f"{path} is not a qcow2 image; is it format=raw?")
@@ -204,26 +206,29 @@ class Qcow2:
                 tables = [table for table in self._tables.values() if table.dirty]
                 content = [(table.offset, _big_endian(table.entries)) for table in tables]
                 entries = [(self._l1_at + 8 * index, struct.pack(">Q", self._l1[index])) for index in self._dirty_l1]
-                pointers = self._dirty_l1
+                pointers, unused = self._dirty_l1, self._unused
                 for table in tables:
                     table.dirty = False
-                self._dirty_l1 = set()
+                self._dirty_l1, self._unused = set(), []
             try:
                 if tables or entries:
                     sync(self._fd)
                 for offset, data in content:
-                    write_all(self._fd, offset, [memoryview(data)])
+                    self._put(offset, data)
                 if entries:
                     sync(self._fd)
                 for offset, data in entries:
-                    write_all(self._fd, offset, [memoryview(data)])
+                    self._put(offset, data)
                 sync(self._fd)
             except OSError:
                 with self._lock:  # still to be done
                     for table in tables:
                         table.dirty = True
                     self._dirty_l1 |= pointers
+                    self._unused += unused
                 raise
+            with self._lock:
+                self._give_back(unused)
 
     def discard(self, offset: int, length: int) -> None:
         """See :class:`Disk`: whole clusters only."""
@@ -375,9 +380,19 @@ class Qcow2:
         # The parts of the first and the last cluster that are not written keep what they show now.
         head = self._content(start, offset)
         tail = self._content(offset + length, end)
-        write_all(self._fd, place, [head, *views, tail])
-        for index in range(count):
-            self._point(first + index, place + (index << self._bits) | _COPIED)
+        done = 0
+        try:
+            write_all(self._fd, place, [head, *views, tail])
+            while done < count:
+                self._point(first + done, place + (done << self._bits) | _COPIED)
+                done += 1
+        except OSError:
+            if not _reusable(before):
+                free = range((place >> self._bits) + done, (place >> self._bits) + count)
+                self._give_back(free)
+                if free and self._next == free.stop:
+                    self._next = free.start
+            raise
 
     def _content(self, start: int, end: int) -> memoryview:
         """What the disk shows there, without taking the lock again. Zeroes from the disk's end on."""
@@ -412,8 +427,7 @@ class Qcow2:
         table.dirty = True
         if old & _COMPRESSED:
             at, size = self._compressed(old & _COMPRESSED - 1)
-            for cluster in range(at >> self._bits, (at + size - 1 >> self._bits) + 1):
-                self._count(cluster, -1)
+            self._unused += range(at >> self._bits, (at + size - 1 >> self._bits) + 1)
 
     # Tables and reference counts.
 
@@ -460,10 +474,20 @@ class Qcow2:
         while left:
             at = first + count - left
             here = min(left, self._per_block - at % self._per_block)
-            os.pwrite(self._fd, b"\0\1" * here, self._count_at(at))
+            self._put(self._count_at(at), b"\0\1" * here)
             left -= here
         self._next = first + count
         return first << self._bits
+
+    def _give_back(self, clusters: Iterable[int]) -> None:
+        """Nothing refers to them; where the file system lets us say so no more, they are lost room and no harm."""
+        with contextlib.suppress(OSError):
+            for cluster in clusters:
+                self._count(cluster, -1)
+
+    def _put(self, offset: int, data: bytes | bytearray) -> None:
+        """All of ``data`` into the file; of what is not whole a full disk would say nothing."""
+        write_all(self._fd, offset, [memoryview(data)])
 
     def _new_block(self, block: int) -> None:
         """A block of reference counts, in the next free cluster; it counts itself, or an earlier block does."""
@@ -473,9 +497,9 @@ class Qcow2:
         if inside:
             struct.pack_into(">H", counts, 2 * (cluster % self._per_block), 1)
         else:
-            os.pwrite(self._fd, b"\0\1", self._count_at(cluster))
-        os.pwrite(self._fd, counts, cluster << self._bits)
-        os.pwrite(self._fd, struct.pack(">Q", cluster << self._bits), self._refcounts_at + 8 * block)
+            self._put(self._count_at(cluster), b"\0\1")
+        self._put(cluster << self._bits, counts)
+        self._put(self._refcounts_at + 8 * block, struct.pack(">Q", cluster << self._bits))
         self._refcounts[block] = cluster << self._bits
         self._next = cluster + 1
 
@@ -484,9 +508,13 @@ class Qcow2:
         return (self._refcounts[cluster // self._per_block] & _OFFSET) + 2 * (cluster % self._per_block)
 
     def _count(self, cluster: int, change: int) -> None:
+        if cluster // self._per_block >= len(self._refcounts):
+            raise OSError(errno.EIO, f"{self._path} is damaged: it has no cluster {cluster:#x}")
         at = self._count_at(cluster)
-        (count,) = struct.unpack(">H", os.pread(self._fd, 2, at))
-        os.pwrite(self._fd, struct.pack(">H", count + change), at)
+        count = int.from_bytes(os.pread(self._fd, 2, at), "big") + change
+        if not 0 <= count <= 0xFFFF:
+            raise OSError(errno.EIO, f"{self._path} is damaged: the count of its cluster {cluster:#x}")
+        self._put(at, struct.pack(">H", count))
 
     def _first_free(self) -> int:
         """The first cluster after the file's end and after the last that is counted."""

@@ -1,17 +1,31 @@
-"""Blocking calls made awaitable: a few threads for one drive or one shared folder."""
+"""Blocking calls made awaitable: a few threads for one drive or one shared folder, and when none is worth its wakes."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import resource
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Final, TypeVar
 
 #: Calls that one :class:`Threads` works on at a time.
 THREADS: Final = 4
+
+#: What is a wait, and for how long afterwards there is no more brief work, in seconds.
+_LONG: Final = 1e-3
+_PATIENCE: Final = 1.0
+
+#: File systems whose every call may wait for a network, or for a program: nothing is done on the event loop there.
+_SLOW: Final = ("nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "afs", "fuse", "fuseblk", "virtiofs", "autofs")
+
+#: Which of getrusage's this is, where there is one of threads.
+_THREAD: Final = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
 
 T = TypeVar("T")
 
@@ -97,3 +111,42 @@ class Threads:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             job.do()
+
+
+class Brief:
+    """Work of one kind that a local file system does in memory in microseconds, sooner than two threads wake: done on
+    the event loop, but not for a while after some has had to wait."""
+
+    def __init__(self) -> None:
+        self._waits_until = 0.0  # time.monotonic()
+
+    def allowed(self) -> bool:
+        """Whether it may be done here now."""
+        return time.monotonic() >= self._waits_until
+
+    def run(self, work: Callable[[], T]) -> T:
+        """What ``work()`` returns; and remember if it has had to wait."""
+        began = time.monotonic()
+        waits = resource.getrusage(_THREAD).ru_nvcsw
+        try:
+            return work()
+        finally:
+            now = time.monotonic()
+            if now - began > _LONG and resource.getrusage(_THREAD).ru_nvcsw > waits:
+                self._waits_until = now + _PATIENCE
+
+
+def is_slow(path: Path) -> bool:
+    """Whether ``path`` is on a network, or behind a program (proc(5), mountinfo). Linux; elsewhere nobody can tell."""
+    try:
+        device = path.stat().st_dev
+        with open("/proc/self/mountinfo") as lines:
+            found = [line.split() for line in lines]
+    except OSError:
+        return True
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for words in found:
+        if words[2] == wanted:
+            kind = words[words.index("-") + 1]
+            return kind in _SLOW or kind.startswith("fuse.")
+    return True

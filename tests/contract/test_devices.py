@@ -160,6 +160,9 @@ class Medium:
     def read_now(self, offset: int, views: list[memoryview]) -> bool:
         raise AssertionError
 
+    def write_now(self, offset: int, views: list[memoryview]) -> bool:
+        raise AssertionError
+
     async def readv(self, offset: int, views: list[memoryview]) -> None:
         raise AssertionError
 

@@ -7,14 +7,12 @@ import mmap
 import struct
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from avmm.backends.balloon import Balloon
 from avmm.devices.virtio import balloon as device
 from avmm.errors import ConfigError, GuestFault, WaitTimeout
 from avmm.memory import GuestMemory, Region
-from avmm.testing.queue import INDIRECT, NEXT, RAM_BASE, RAM_SIZE, WRITE, attached
+from avmm.testing.queue import NEXT, RAM_BASE, RAM_SIZE, WRITE, attached
 
 STATS, REPORTING = 1 << 1, 1 << 5
 VERSION_1 = 1 << 32
@@ -133,35 +131,3 @@ async def test_bad_page_numbers_stop_the_device(numbers: bytes) -> None:
         await driver.interrupt()
         assert driver.needs_reset
         assert ram.discarded == []
-
-
-@given(
-    chains=st.lists(
-        st.tuples(st.integers(0, 3), st.lists(st.tuples(st.integers(RAM_BASE - 4096, RAM_BASE + RAM_SIZE),
-                  st.integers(0, 1 << 22), st.sampled_from([0, WRITE, INDIRECT])), min_size=1, max_size=3)),
-        max_size=8,
-    ),
-    written=st.lists(st.tuples(st.integers(0, 16), st.integers(0, (1 << 32) - 1)), max_size=4),
-)  # fmt: skip
-@settings(max_examples=60, deadline=None)
-def test_a_hostile_driver(chains: list[tuple[int, list[tuple[int, int, int]]]], written: list[tuple[int, int]]) -> None:
-    async def drive() -> None:
-        ram = Watched()
-        async with attached(device.Balloon(Balloon(RAM_SIZE)), ram.memory) as driver:
-            driver.start()
-            for offset, value in written:
-                driver.write(0x100 + offset, value)
-            for index, parts in chains:
-                queue = driver.queue(index)
-                for at, (gpa, length, flags) in enumerate(parts):
-                    queue.describe(at, gpa, length, flags | (NEXT if at < len(parts) - 1 else 0), at + 1)
-                queue.offer(0)
-                queue.kick()
-                for _ in range(20):
-                    await asyncio.sleep(0)
-            for offset, length in ram.discarded:
-                assert 0 <= offset <= offset + length <= RAM_SIZE
-            await driver.device.pause()
-            driver.device.resume()
-
-    asyncio.run(drive())

@@ -124,6 +124,15 @@ def test_ping(stack: Stack) -> None:
     assert slow_sum(answer[L4_AT:]) == 0xFFFF
     assert slow_sum(answer[IP_AT:L4_AT]) == 0xFFFF
     assert answer[L4_AT + 4 :] == bytes(body[4:])
+    # Beyond the network nobody can be pinged, which is said at once (RFC 1812, 5.2.7.1); groups are not answered for.
+    for where in ("192.0.2.1", "10.0.2.99", "224.0.0.1", "255.255.255.255"):
+        put_ipv4(frame, MACS, GUEST, address(where), PROTO_ICMP)
+        stack.input(Frame(frame), 0.0)
+    (answer,) = taken(stack)
+    assert answer[L4_AT : L4_AT + 2] == b"\3\x0d"
+    assert answer[L4_AT + 8 + 12 : L4_AT + 8 + 20] == GUEST + address("192.0.2.1")
+    assert answer[L4_AT + 28 :] == bytes(body[:8])
+    assert slow_sum(answer[L4_AT:]) == 0xFFFF
 
 
 def test_dhcp_gives_each_card_its_own_address() -> None:

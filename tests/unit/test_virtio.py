@@ -8,12 +8,11 @@ import os
 import random
 import struct
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from avmm.backends.disk import RawDisk, open_file
 from avmm.backends.drive import Drive
@@ -21,12 +20,9 @@ from avmm.backends.port import Port
 from avmm.devices.virtio import transport as mmio
 from avmm.devices.virtio.blk import Blk
 from avmm.devices.virtio.console import Console
-from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.rng import Rng
-from avmm.devices.virtio.transport import VirtioDevice
-from avmm.link import End, join
 from avmm.memory import GuestMemory, Region
-from avmm.testing.queue import INDIRECT, NEXT, RAM_BASE, RAM_SIZE, WRITE, FakeDriver, FakeQueue, attached
+from avmm.testing.queue import INDIRECT, NEXT, RAM_BASE, RAM_SIZE, WRITE, FakeQueue, attached
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 ALL_BUT_EVENT_IDX = ~mmio.F_EVENT_IDX & ((1 << 64) - 1)
@@ -403,6 +399,34 @@ async def test_a_small_read_is_done_before_the_vcpu_goes_on(image: Path, feature
     drive.close()
 
 
+async def test_a_small_write_takes_no_thread_unless_one_had_to_wait(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drive = drive_on(image)
+    async with attached(Blk(drive, "d")) as driver:
+        driver.start()
+        queue = driver.queue(0)
+        write = [header(OUT, 2), b"small" * 102 + b"!!"]
+        assert await queue.request(write, [1]) == b"\0"
+        assert not drive._pool._threads
+        assert content(image)[1024:1536] == write[1]
+        assert drive.counters["writes"] == 1
+        # Through a thread: for a while, once one has waited; what is large; and all of a driver that cannot flush.
+        monkeypatch.setattr("avmm.backends.threads._PATIENCE", 1e9)
+        drive._brief.run(lambda: time.sleep(0.01))
+        assert not drive._brief.allowed()
+        assert await queue.request(write, [1]) == b"\0"
+        assert len(drive._pool._threads) == 1
+    drive.close()
+    for features, size in ((-1, 1 << 16), (~(1 << 9), 512)):
+        drive = drive_on(image)
+        async with attached(Blk(drive, "d")) as driver:
+            driver.start(driver.features() & features)
+            assert await driver.queue(0).request([header(OUT, 8), bytes(size)], [1]) == b"\0"
+            assert drive._pool._threads
+        drive.close()
+
+
 async def test_faults_that_were_asked_for(image: Path) -> None:
     drive = drive_on(image)
     before = content(image)
@@ -567,128 +591,3 @@ async def test_a_console_makes_a_fast_guest_wait_and_nobody_who_pauses_it() -> N
             driver.device.restore(driver.device.save())  # as in a twin, which knows how much has been taken
             driver.device.resume()
         assert got == sent
-
-
-# The worst driver.
-
-
-def make_rng(folder: Path) -> tuple[VirtioDevice, Callable[[], None]]:
-    return Rng(os.urandom), lambda: None
-
-
-def make_blk(folder: Path) -> tuple[VirtioDevice, Callable[[], None]]:
-    path = folder / "hostile.img"
-    path.write_bytes(bytes(1 << 16))
-    drive = drive_on(path)
-    return Blk(drive, "d"), drive.close
-
-
-def make_console(folder: Path) -> tuple[VirtioDevice, Callable[[], None]]:
-    ports = [Port("hvc0", True), Port("agent", False)]
-    for port in ports:
-        port.write(b"for the guest" * 100)
-    return Console(ports), lambda: None
-
-
-def make_net(folder: Path) -> tuple[VirtioDevice, Callable[[], None]]:
-    device = Net(bytes.fromhex("525400123456"))
-    echo = End(lambda frame: echo.send(frame) or True, offload=True)
-    join(device.end, echo)
-    return device, lambda: None
-
-
-MAKERS = [make_rng, make_blk, make_console, make_net]
-
-_ADDRESS = st.one_of(
-    st.integers(RAM_BASE, RAM_BASE + 0x4000),
-    st.integers(RAM_BASE + RAM_SIZE - 64, RAM_BASE + RAM_SIZE + 64),
-    st.sampled_from([0, RAM_BASE - 1, (1 << 64) - 1, (1 << 64) - 16]),
-    st.integers(0, (1 << 64) - 1),
-)
-_LENGTH = st.one_of(st.integers(0, 64), st.sampled_from([512, 513, 4096, 1 << 16, 0x7FFFFFFF, 0xFFFFFFFF]))
-_FLAGS = st.sampled_from([0, NEXT, WRITE, NEXT | WRITE, INDIRECT, INDIRECT | NEXT, INDIRECT | WRITE, 0xFFFF])
-_INDEX = st.one_of(st.integers(0, 17), st.integers(0, 0xFFFF))
-_STEP = st.one_of(
-    st.tuples(st.just("describe"), st.integers(0, 15), _ADDRESS, _LENGTH, _FLAGS, _INDEX),
-    st.tuples(st.just("request"), st.sampled_from([0, 1, 4, 8, 11, 13, 99]), st.integers(0, 200), _LENGTH),
-    st.tuples(st.just("offer"), _INDEX),
-    st.tuples(st.just("jump"), st.integers(0, 0xFFFF)),
-    st.tuples(st.just("poke"), _ADDRESS, st.binary(min_size=1, max_size=32)),
-    st.tuples(st.just("register"), st.integers(0, 0x1FF), st.sampled_from([1, 2, 4, 8]), st.integers(0, (1 << 64) - 1)),
-    st.tuples(st.just("status"), st.integers(0, 255)),
-    st.tuples(st.just("start")),
-    st.tuples(st.just("yield")),
-)
-
-
-def _hostile(driver: FakeDriver, queue: FakeQueue, step: tuple[object, ...]) -> None:
-    kind, *rest = step
-    match kind, rest:
-        case "describe", [int(index), int(address), int(length), int(flags), int(following)]:
-            queue.describe(index, address, length, flags, following)
-        case "request", [int(code), int(sector), int(length)]:
-            # Nearly right, so that more than the first check is reached: a disk's header, or a network card's.
-            at = RAM_BASE + 0x8000
-            driver.memory.write(at, struct.pack("<IIQ", code, 0, sector))
-            queue.describe(0, at, 16, NEXT, 1)
-            queue.describe(1, at + 64, length, NEXT | (WRITE if code in (0, 8) else 0), 2)
-            queue.describe(2, at + 32, 1, WRITE)
-            queue.offer(0)
-        case "offer", [int(head)]:
-            queue.offer(head)
-        case "jump", [int(index)]:
-            queue.avail_idx = index
-            queue.offer(0)
-        case "poke", [int(address), bytes(data)] if RAM_BASE <= address <= RAM_BASE + RAM_SIZE - len(data):
-            driver.memory.write(address, data)
-        case "register", [int(offset), int(size), int(value)] if offset + size <= 0x200:
-            driver.write(offset, value & (1 << 8 * size) - 1, size)
-            driver.read(offset, size)
-        case "status", [int(value)]:
-            driver.write(0x70, value)
-    queue.kick()
-
-
-@pytest.mark.parametrize("make", MAKERS)
-@given(steps=st.lists(st.tuples(st.integers(0, 5), _STEP), max_size=40))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_hostile_driver_harms_nobody(
-    make: Callable[[Path], tuple[VirtioDevice, Callable[[], None]]],
-    tmp_path: Path,
-    steps: list[tuple[int, tuple[object, ...]]],
-) -> None:
-    """No exception, no hang, nothing left in flight; and after a reset the device serves as before."""
-
-    async def attack() -> None:
-        device, close = make(tmp_path)
-        try:
-            async with attached(device) as driver, asyncio.timeout(60):
-                driver.start()
-                for which, step in steps:
-                    if step[0] == "start":
-                        driver.start()
-                    queue = driver.queue(which % len(driver.device.queues))
-                    _hostile(driver, queue, step)
-                    for _ in range(3):
-                        await asyncio.sleep(0)
-                if driver.device.guest_errors:
-                    assert driver.device.last_error is not None
-                await driver.device.pause()
-                driver.device.resume()
-                driver.start()
-                assert not driver.needs_reset
-                if isinstance(device, Rng):
-                    assert len(await driver.queue(0).request([], [8])) == 8
-                elif isinstance(device, Blk):
-                    assert (await driver.queue(0).request([header(IN)], [512, 1]))[-1] == 0
-                elif isinstance(device, Net):
-                    driver.queue(0).add([], [2048])
-                    await driver.queue(1).request([bytes(12), b"a frame that comes back"], [])
-                    (back,) = await driver.queue(0).completed()
-                    assert back.data[12 : back.length] == b"a frame that comes back"
-                else:
-                    await driver.queue(3).request([struct.pack("<IHH", 0, 0, 1)], [])
-        finally:
-            close()
-
-    asyncio.run(attack())

@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
 import struct
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +20,7 @@ from typing import Final
 from avmm.backends.share import fuse, syscalls
 from avmm.backends.share.folder import Change, Folder, FolderState, open_folder
 from avmm.backends.share.fuse import Op, Request
-from avmm.backends.threads import Threads
+from avmm.backends.threads import Brief, Threads, is_slow
 from avmm.memory import split
 
 #: Bytes of one read that the event loop does itself where the page cache has them: see avmm.devices.virtio.blk.
@@ -36,8 +34,6 @@ _BRIEF: Final = frozenset({
     Op.READDIR, Op.RELEASEDIR, Op.ACCESS, Op.FORGET, Op.LSEEK,
 })  # fmt: skip
 _BRIEF_WRITE: Final = 64 << 10  # bytes
-_LONG: Final = 1e-3  # what is a wait, and for how long there are no more, in seconds
-_PATIENCE: Final = 1.0
 
 #: Of a read or a write, at most.
 _DATA_MAX: Final = 1 << 20
@@ -49,12 +45,6 @@ _FEATURES: Final = (
     | fuse.HANDLE_KILLPRIV_V2
 )  # fmt: skip
 _CACHING: Final = fuse.AUTO_INVAL_DATA | fuse.DO_READDIRPLUS | fuse.READDIRPLUS_AUTO
-
-#: File systems whose every call may wait for a network, or for a program: nothing is done on the event loop there.
-_SLOW: Final = ("nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "afs", "fuse", "fuseblk", "virtiofs", "autofs")
-
-#: Which of getrusage's this is, where there is one of threads.
-_THREAD: Final = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
 
 #: Numbers of the guest's Linux for what may go wrong without an OSError.
 _BROKEN: Final = errno.EINVAL
@@ -85,7 +75,7 @@ class Share:
         self._slow = slow
         self._started = False
         self._flags = 0
-        self._waits_until: dict[int, float] = {}  # by the kind of request, time.monotonic()
+        self._brief = {op: Brief() for op in _BRIEF}
         #: Since the start: requests, bytes, and requests answered with an error.
         self.counters = {"requests": 0, "read_bytes": 0, "written_bytes": 0, "errors": 0}
         self._now: Final[dict[int, Callable[[Request, list[memoryview]], bytes | int | None]]] = {
@@ -143,19 +133,10 @@ class Share:
             return self._fail(request, writable, OSError(errno.ENOSYS if self._started else errno.EIO, ""))
         work = partial(self._do, operation, request, writable)
         if request.op in _BRIEF and not self._slow and (request.op != Op.WRITE or length <= _BRIEF_WRITE):
-            began = time.monotonic()
-            if began >= self._waits_until.get(request.op, 0.0):
-                return self._do_here(work, request.op, began)
+            brief = self._brief[Op(request.op)]
+            if brief.allowed():
+                return brief.run(work)
         return work
-
-    def _do_here(self, work: Work, op: int, began: float) -> int:
-        """On the event loop; and remember if it has had to wait, which is not to happen again soon."""
-        waits = resource.getrusage(_THREAD).ru_nvcsw
-        done = work()
-        now = time.monotonic()
-        if now - began > _LONG and resource.getrusage(_THREAD).ru_nvcsw > waits:
-            self._waits_until[op] = now + _PATIENCE
-        return done
 
     async def finish(self, work: Work) -> int:
         """Do the blocking part of :meth:`serve` on a thread."""
@@ -469,20 +450,7 @@ class Share:
 def open_share(path: Path, name: str, *, read_only: bool, cache: float, descriptors: int) -> Share:
     """The folder at ``path`` for a guest, see :class:`Share`. Raises ConfigError."""
     folder = open_folder(path, read_only, descriptors)
-    return Share(folder, name, cache, _is_slow(path))
-
-
-def _is_slow(path: Path) -> bool:
-    """Whether the folder is on a network, or behind a program (proc(5), mountinfo)."""
-    device = path.stat().st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    with open("/proc/self/mountinfo") as lines:
-        for line in lines:
-            words = line.split()
-            if words[2] == wanted:
-                kind = words[words.index("-") + 1]
-                return kind in _SLOW or kind.startswith("fuse.")
-    return True
+    return Share(folder, name, cache, is_slow(path))
 
 
 def _flags(flags: int) -> int:

@@ -66,6 +66,7 @@ _NEIGHBOURS_MAX: Final = 1024
 _UNRESOLVED_MAX: Final = 64
 _ECHO_REPLY, _UNREACHABLE, _ECHO = 0, 3, 8
 _PORT_UNREACHABLE, _PROHIBITED = 3, 13
+_MULTICAST: Final = 224  # the first byte, from here on, of addresses that are no single host's (RFC 5771)
 
 
 class Host(Protocol):
@@ -240,7 +241,7 @@ class Stack:
         if protocol == PROTO_UDP:
             return self._udp(source, destination, payload, partial, bytes(data[6:12]))
         if protocol == PROTO_ICMP:
-            return self._icmp(source, destination, payload)
+            return self._icmp(source, destination, payload, data[IP_AT : IP_AT + header])
         return True
 
     def _learn(self, source: bytes, data: memoryview) -> None:
@@ -284,11 +285,16 @@ class Stack:
         frame = bytearray(ETHERNET.pack(to, ours, TYPE_ARP))
         self._emit(frame + ARP.pack(1, TYPE_IPV4, 6, 4, operation, ours, source, mac, target), None)
 
-    def _icmp(self, source: bytes, destination: bytes, data: memoryview) -> bool:
+    def _icmp(self, source: bytes, destination: bytes, data: memoryview, header: memoryview) -> bool:
         if len(data) < ICMP.size or ones_sum(data):
             return False
-        if data[0] == _ECHO and data[1] == 0 and self.claims(destination) and source in self._neighbours:
-            self._send_icmp(_ECHO_REPLY, 0, data[4:], destination, source)
+        if data[0] == _ECHO and data[1] == 0 and source in self._neighbours:
+            if self.claims(destination):
+                self._send_icmp(_ECHO_REPLY, 0, data[4:], destination, source)
+            elif not self.plan.inside(destination) and destination[0] < _MULTICAST:
+                # Nobody may ping from a socket without a privilege: say so, rather than let the guest wait.
+                quoted = bytes(4) + bytes(header) + bytes(data[:8])
+                self._send_icmp(_UNREACHABLE, _PROHIBITED, quoted, self.plan.gateway, source)
         return True
 
     def _send_icmp(self, kind: int, code: int, rest: Octets, source: bytes, destination: bytes) -> None:

@@ -1,7 +1,8 @@
 """virtio-blk, a disk (virtio 1.2, 5.2): one queue, any number of its requests in work at a time, done in any order.
 
-What the page cache holds is read at once; everything else goes to the backend's threads, straight between the host and
-the guest's buffers. A request the host cannot serve is answered with an error, never with wrong or missing data.
+What the page cache holds is read at once, and what is small is written into it at once; everything else goes to the
+backend's threads, straight between the host and the guest's buffers. A request the host cannot serve is answered with
+an error, never with wrong or missing data.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _CONFIG: Final = struct.Struct("<QIIHBBIBBHIBxHIIIIIB3x")
 #: than two wakes of a thread, and would hold up the event loop.
 REQUEST_MAX: Final = 64 << 20
 INLINE_MAX: Final = 1 << 20
-#: Bytes that are read before the vCPU goes on: as long as a wake of the event loop takes, at most.
+#: Bytes that are read before the vCPU goes on, or written on the event loop: as long as a wake takes, at most.
 NOW_MAX: Final = 32 << 10
 _ZERO_SECTORS_MAX: Final = 1 << 21  # a gigabyte in one segment
 _ZERO_SEGMENTS_MAX: Final = 16
@@ -56,6 +57,7 @@ class BlockBackend(Protocol):
     read_only: bool
 
     def read_now(self, offset: int, views: list[memoryview]) -> bool: ...
+    def write_now(self, offset: int, views: list[memoryview]) -> bool: ...
     async def readv(self, offset: int, views: list[memoryview]) -> None: ...
     async def writev(self, offset: int, views: list[memoryview]) -> None: ...
     async def flush(self) -> None: ...
@@ -110,6 +112,8 @@ class Blk(VirtioDevice):
                 if request.kind == _IN and request.length <= INLINE_MAX and self._read_now(request):
                     self.serves_now = request.length <= NOW_MAX
                     queue.push(chain, request.finish(_OK))
+                elif request.kind == _OUT and request.length <= NOW_MAX and self._write_now(request):
+                    queue.push(chain, request.finish(_OK))
                 else:
                     task = asyncio.create_task(self._perform(queue, request))
                     working.add(task)
@@ -134,6 +138,11 @@ class Blk(VirtioDevice):
             return self._inside(request) and self._backend.read_now(request.offset, request.data)
         except OSError:
             return False  # asked again, it will say so again
+
+    def _write_now(self, request: _Request) -> bool:
+        # A driver that cannot flush expects more of a write: see _status().
+        good = not self._backend.read_only and self._negotiated(_F_FLUSH) and self._inside(request)
+        return good and self._backend.write_now(request.offset, request.data)
 
     async def _status(self, request: _Request) -> int:
         backend, kind = self._backend, request.kind
