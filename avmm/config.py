@@ -267,6 +267,13 @@ class VsockConfig:
         return cls(int(port), Path(path))
 
 
+def port_names(ports: Sequence[str]) -> tuple[str, ...]:
+    """Names of a virtio console's ports. Raises ConfigError for what can be none."""
+    if len(ports) > PORTS_MAX or len(set(ports)) < len(ports) or not all(map(_PORT.fullmatch, ports)):
+        raise ConfigError(f"console ports are up to {PORTS_MAX} different names of letters, digits, '.', '_', '-'")
+    return tuple(ports)
+
+
 def vsock_configs(vsock: bool | Sequence[str | VsockConfig]) -> tuple[VsockConfig, ...] | None:
     """What ``vsock`` names: ports with their sockets, True: a device without any; None for no device. Raises
     ConfigError."""
@@ -364,8 +371,6 @@ class VmConfig:
             raise ConfigError("the kernel command line must be plain ASCII")
         if len(drives) > DRIVES_MAX:
             raise ConfigError(f"a VM has at most {DRIVES_MAX} drives, not {len(drives)}")
-        if len(ports) > PORTS_MAX or len(set(ports)) < len(ports) or not all(map(_PORT.fullmatch, ports)):
-            raise ConfigError(f"console ports are up to {PORTS_MAX} different names of letters, digits, '.', '_', '-'")
         nets = net_configs(net)
         published = tuple(PublishConfig.parse(each) if isinstance(each, str) else each for each in publish)
         if published and not any(each.kind == "user" for each in nets):
@@ -384,7 +389,7 @@ class VmConfig:
             reboot=reboot,
             faults=Faults.parse(faults) if isinstance(faults, str) else faults,
             drives=tuple(map(drive_config, drives)),
-            ports=tuple(ports),
+            ports=port_names(ports),
             nets=nets,
             publish=published,
             shares=tuple(map(share_config, shares)),

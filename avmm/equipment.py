@@ -20,7 +20,18 @@ from avmm.backends.drive import Drive
 from avmm.backends.port import Port
 from avmm.backends.share.server import Share
 from avmm.backends.vsock.host import VsockHost
-from avmm.config import DriveLike, NetLike, ShareLike, VmConfig, drive_config, net_configs, share_config
+from avmm.config import (
+    DriveLike,
+    NetLike,
+    ShareLike,
+    VmConfig,
+    VsockConfig,
+    drive_config,
+    net_configs,
+    port_names,
+    share_config,
+    vsock_configs,
+)
 from avmm.errors import ConfigError
 
 _A = TypeVar("_A", bound=Attachment)
@@ -80,6 +91,13 @@ class Equipment:
             raise ConfigError("this VM has no vsock (vsock=True, or sockets as for --vsock), or has not been started")
         return found[0].host
 
+    def add_vsock(self, socket: str | VsockConfig | None = None) -> None:
+        """Give a VM that has not been started a vsock, and one more port of the host's: text as for ``--vsock``, or
+        VsockConfig; None for none."""
+        self._expect_state("created")
+        sockets = (*(self.config.vsock or ()), *(() if socket is None else (socket,)))
+        self.config = replace(self.config, vsock=vsock_configs(sockets) or ())
+
     @property
     def balloon(self) -> Balloon:
         """Memory to be taken from the guest, and what it says of its own. Raises ConfigError before the start."""
@@ -92,6 +110,11 @@ class Equipment:
     def ports(self) -> dict[str, Port]:
         """The host's ends of the virtio console's ports, by name; none before the VM is started."""
         return {name: port for each in self._all(PortsAttachment) for name, port in each.ports.items()}
+
+    def add_port(self, name: str) -> None:
+        """Give a VM that has not been started one more virtio console port, see :func:`avmm.boot`."""
+        self._expect_state("created")
+        self.config = replace(self.config, ports=port_names((*self.config.ports, name)))
 
     def resize(self, port: str, columns: int, rows: int) -> None:
         """Tell the guest the size of the terminal at its virtio console port of this name."""

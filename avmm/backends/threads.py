@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 #: Calls that one :class:`Threads` works on at a time.
 THREADS: Final = 4
 
-#: What is a wait, and for how long afterwards there is no more brief work, in seconds.
+#: What is a wait, and for how long afterwards there is no more brief work, at least, in seconds.
 _LONG: Final = 1e-3
 _PATIENCE: Final = 1.0
 
@@ -132,8 +132,9 @@ class Brief:
             return work()
         finally:
             now = time.monotonic()
-            if now - began > _LONG and resource.getrusage(_THREAD).ru_nvcsw > waits:
-                self._waits_until = now + _PATIENCE
+            took = now - began
+            if took > _LONG and resource.getrusage(_THREAD).ru_nvcsw > waits:
+                self._waits_until = now + max(_PATIENCE, 100 * took)  # waits are a hundredth of the time, at most
 
 
 def is_slow(path: Path) -> bool:
