@@ -18,7 +18,9 @@ from tests.guest.rootfs import Shell, booted, files_of, rootfs
 pytestmark = pytest.mark.guest
 
 #: What the kernel finds in the ID registers, by the names it gives: exactly what the engine advertises.
-FEATURES = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics cpuid asimdrdm lrcpc dcpop asimddp flagm ssbs sb dcpodp"
+FEATURES = (
+    "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics cpuid asimdrdm lrcpc dcpop asimddp dit flagm ssbs sb dcpodp"
+)
 
 #: Release, flavour, version, KiB in a page.
 SHORT = [("bullseye", "cloud", r"5\.10\.", 4), ("trixie", "cloud", r"6\.12\.", 4)]

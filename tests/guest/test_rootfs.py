@@ -31,6 +31,9 @@ async def test_packages_run_and_the_image_stays_as_it_was() -> None:
         assert (await shell.check("printf abc | openssl dgst -r -sha1")).startswith("a9993e36")
         assert (await shell.run("echo gone >/root/file; sync; false")).code == 1
         assert await shell.check("stat -fc %T /; ps | wc -l >/dev/null; awk 'BEGIN { print 6*7 }'") == "ext2/ext3\n42\n"
+        # More than a wait looks back for, in lines and in one.
+        assert await shell.check("seq 30000") == "".join(f"{number}\n" for number in range(1, 30001))
+        assert await shell.check("head -c 200000 /dev/zero | tr '\\0' x; echo '5>'") == "x" * 200000 + "5>\n"
         shell.vm.console.write(b"exit\n")
         assert (await shell.vm.wait()).reason == "power-off"
     assert digest(image) == before

@@ -41,6 +41,7 @@ SKIPS: tuple[Skip, ...] = (
     Skip("hvc", "Unicorn's CPU has no EL2 to call"),
     Skip("eret", "returns to wherever the last exception came from: see test_system"),
     Skip("msr_ssbs", "Unicorn's CPU has no FEAT_SSBS"),
+    Skip("msr_dit", "Unicorn's CPU has no FEAT_DIT"),
     Skip("wf[ei]", "exits to the host here, does nothing there: see the engine's contract"),
     *(
         Skip(rows, "acts on translation, caches or masks, which the two sides do not share: see test_system")

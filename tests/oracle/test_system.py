@@ -67,6 +67,20 @@ def test_exception_return(comparison: Comparison) -> None:
     assert (result.outcome, result.pc, result.nzcv) == (Outcome.DONE, target, 0x6000_0000)
 
 
+@pytest.mark.parametrize(("set_it", "bit"), [(0xD503_415F, 1 << 24), (0xD503_413F, 1 << 12)], ids=["dit", "ssbs"])
+def test_pstate_bits_go_through_exceptions(comparison: Comparison, set_it: int, bit: int) -> None:
+    """MSR DIT, #1 and MSR SSBS, #1 are kept in SPSR_EL1 by an exception and come back by ERET (D1.3.3, D1.4.3)."""
+    subject = comparison.subject
+    read = mrs(sysreg(3, 3, 4, 2, 5 if bit >> 24 else 6), 1)
+    result = comparison.alone([set_it, 0x0000_0000], registers())  # UDF
+    assert result.outcome is Outcome.UNDEFINED
+    assert subject.vcpu.get_sysreg(SPSR) & bit
+    for saved in (bit, 0):
+        subject.vcpu.set_sysreg(ELR, PROGRAMS_MIDDLE + 4)
+        subject.vcpu.set_sysreg(SPSR, 0x3C5 | saved)
+        assert comparison.alone([0xD69F_03E0, read], registers(x1=7)).x[1] == saved
+
+
 @pytest.mark.parametrize("spsr", [0x3C6, 0x3C8, 0x3C9, 0x3CD, 0x3D5, 0x3C1])
 def test_illegal_exception_return(comparison: Comparison, spsr: int) -> None:
     """To EL2, EL3, AArch32 or M[1]: sets PSTATE.IL, and the next instruction is an Illegal Execution (D1.6)."""
@@ -197,6 +211,7 @@ def test_id_registers_say_what_is_there(comparison: Comparison, register: int, l
         (0xD51B_4400, 0xD53B_4401, 0x07C0_0000),  # FPCR: AHP, DN, FZ, RMode; FZ16 is RES0 without FEAT_FP16 (C5.2.8)
         (0xD51B_4420, 0xD53B_4421, 0x0800_009F),  # FPSR: QC and the cumulative flags (C5.2.10)
         (0xD51B_4200, 0xD53B_4201, 0xF000_0000),  # NZCV
+        (0xD51B_42A0, 0xD53B_42A1, 0x0100_0000),  # DIT
         (0xD51B_42C0, 0xD53B_42C1, 0x0000_1000),  # SSBS
     ],
 )

@@ -286,7 +286,7 @@ struct vcpu {
     int32_t slice;      /* what budget started from: slice - budget have run */
     _Atomic uint32_t poll;
     uint32_t daif;      /* PSTATE.DAIF in bits 9:6 */
-    uint8_t el, spsel, pan, uao, ssbs, il;
+    uint8_t el, spsel, pan, uao, ssbs, dit, il;
     uint8_t mmu_idx;    /* of plain loads and stores: MMU_* by el and pan */
     struct tlb_entry *bank; /* tlb[mmu_idx], for compiled code */
     bool fp_trap;       /* FP/SIMD instructions trap at this EL: kept by update_fp_trap() */

@@ -3,13 +3,13 @@
 
 enum { VECTOR_SYNC = 0x000, VECTOR_IRQ = 0x080, VECTOR_FIQ = 0x100 };
 enum { VECTOR_SP0 = 0x000, VECTOR_SPX = 0x200, VECTOR_LOWER = 0x400 };
-enum { SPSR_SSBS = 1 << 12, SPSR_IL = 1 << 20, SPSR_PAN = 1 << 22, SPSR_UAO = 1 << 23 };
+enum { SPSR_SSBS = 1 << 12, SPSR_IL = 1 << 20, SPSR_PAN = 1 << 22, SPSR_UAO = 1 << 23, SPSR_DIT = 1 << 24 };
 
 /* ---- PSTATE ----------------------------------------------------------------------------------------------------- */
 
 uint64_t pstate_get(const struct vcpu *c) {
-    return c->nzcv | (c->uao ? SPSR_UAO : 0) | (c->pan ? SPSR_PAN : 0) | (c->il ? SPSR_IL : 0) |
-           (c->ssbs ? SPSR_SSBS : 0) | c->daif | (uint64_t)c->el << 2 | c->spsel;
+    return c->nzcv | (c->dit ? SPSR_DIT : 0) | (c->uao ? SPSR_UAO : 0) | (c->pan ? SPSR_PAN : 0) |
+           (c->il ? SPSR_IL : 0) | (c->ssbs ? SPSR_SSBS : 0) | c->daif | (uint64_t)c->el << 2 | c->spsel;
 }
 
 bool pstate_legal(uint64_t spsr) {
@@ -49,6 +49,7 @@ static void set_flags(struct vcpu *c, uint64_t spsr) {
     c->pan = !!(spsr & SPSR_PAN);
     c->uao = !!(spsr & SPSR_UAO);
     c->ssbs = !!(spsr & SPSR_SSBS);
+    c->dit = !!(spsr & SPSR_DIT);
 }
 
 void pstate_set(struct vcpu *c, uint64_t spsr) {

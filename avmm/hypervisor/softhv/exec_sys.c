@@ -233,6 +233,12 @@ OP(msr_ssbs) {
     return true;
 }
 
+/* Timing that does not depend on data is not promised by any host this runs on; nor can a guest's clock see ours. */
+OP(msr_dit) {
+    c->dit = u->imm & 1;
+    return true;
+}
+
 OP(msr_pan) {
     if (c->el == 0)
         return exc_undef(c, u);

@@ -608,6 +608,11 @@ static void emit_mrs_tpidr_el1(struct emit *e, const struct uop *u, uint32_t arg
     read_if(e, u, AT(el), AT(sys.tpidr_el1));
 }
 
+static void emit_msr_bit(struct emit *e, const struct uop *u, uint32_t arg) {
+    op_rm(e, 0, 0xc6, 0, CPU, arg); /* MOV byte [], imm8 */
+    byte(e, u->imm & 1);
+}
+
 static void emit_mrs_daif(struct emit *e, const struct uop *u, uint32_t arg) {
     unsigned d = reserve(e, u->rd);
     cmp_byte(e, AT(el), 0);
@@ -748,6 +753,8 @@ const struct emitter jit_x64_int[] = {
     {p_nop, emit_nothing, 0, KEEPS | NO_RD},
     {p_dmb, emit_barrier, 0, NO_RD},
     WIDTHS(rbit, , emit_rbit, 0, 0),
+    {p_msr_dit, emit_msr_bit, AT(dit), KEEPS | NO_RD},
+    {p_msr_ssbs, emit_msr_bit, AT(ssbs), KEEPS | NO_RD},
     {p_mrs_daif, emit_mrs_daif, 0, TRAPS},
     {p_msr_daif, emit_msr_daif, DAIF_WRITE, TRAPS | ENDS | NO_RD},
     {p_msr_daifset, emit_msr_daif, DAIF_SET, TRAPS | NO_RD},

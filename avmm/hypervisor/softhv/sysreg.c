@@ -22,7 +22,7 @@ enum {
     TPIDR_EL1 = SYSREG(3, 0, 13, 0, 4), SCXTNUM_EL1 = SYSREG(3, 0, 13, 0, 7), CNTKCTL = SYSREG(3, 0, 14, 1, 0),
     CCSIDR = SYSREG(3, 1, 0, 0, 0), CLIDR = SYSREG(3, 1, 0, 0, 1), AIDR = SYSREG(3, 1, 0, 0, 7),
     CSSELR = SYSREG(3, 2, 0, 0, 0), CTR_EL0 = SYSREG(3, 3, 0, 0, 1), DCZID_EL0 = SYSREG(3, 3, 0, 0, 7),
-    SSBS = SYSREG(3, 3, 4, 2, 6),
+    DIT = SYSREG(3, 3, 4, 2, 5), SSBS = SYSREG(3, 3, 4, 2, 6),
     NZCV = SYSREG(3, 3, 4, 2, 0), DAIF = SYSREG(3, 3, 4, 2, 1), FPCR = SYSREG(3, 3, 4, 4, 0),
     FPSR = SYSREG(3, 3, 4, 4, 1), TPIDR_EL0 = SYSREG(3, 3, 13, 0, 2), TPIDRRO_EL0 = SYSREG(3, 3, 13, 0, 3),
     SCXTNUM_EL0 = SYSREG(3, 3, 13, 0, 7), CNTFRQ = SYSREG(3, 3, 14, 0, 0), CNTPCT = SYSREG(3, 3, 14, 0, 1),
@@ -41,8 +41,8 @@ static const uint64_t ctr = 0x9444c004;  /* 64-byte lines, PIPT, IDC: code needs
 static const uint64_t dczid = 4;         /* 64 bytes */
 static const uint64_t clidr = 0x02000023; /* L1 I+D, L2 unified; LoC 2; LoUU and LoUIS 0, as IDC says */
 
-static const uint64_t aa64pfr0 = UINT64_C(1) << 60 /* CSV3 */ | UINT64_C(3) << 56 /* CSV2_3 */ | 1 << 24 /* GIC */ |
-                                 1 << 4 | 1; /* EL1, EL0: AArch64 only; FP and AdvSIMD: 0, implemented */
+static const uint64_t aa64pfr0 = UINT64_C(1) << 60 /* CSV3 */ | UINT64_C(3) << 56 /* CSV2_3 */ |
+                                 UINT64_C(1) << 48 /* DIT */ | 1 << 24 /* GIC */ | 1 << 4 | 1; /* EL1, EL0: AArch64 only; FP and AdvSIMD: 0, implemented */
 static const uint64_t aa64pfr1 = 2 << 4; /* SSBS, with MRS and MSR */
 static const uint64_t aa64dfr0 = UINT64_C(1) << 28 /* CTX_CMPs */ | 1 << 20 /* WRPs */ | 1 << 12 /* BRPs */ | 6;
 static const uint64_t aa64isar0 = UINT64_C(1) << 52 /* FlagM */ | UINT64_C(1) << 44 /* DotProd */ | 1 << 28 /* RDM */ |
@@ -168,6 +168,7 @@ static bool read_reg(struct vcpu *c, uint32_t reg, uint64_t *value) {
     case CURRENTEL: *value = (uint64_t)c->el << 2; break;
     case PAN: *value = (uint64_t)c->pan << 22; break;
     case UAO: *value = (uint64_t)c->uao << 23; break;
+    case DIT: *value = (uint64_t)c->dit << 24; break;
     case SSBS: *value = (uint64_t)c->ssbs << 12; break;
     case NZCV: *value = c->nzcv; break;
     case DAIF: *value = c->daif; break;
@@ -253,6 +254,7 @@ static bool write_reg(struct vcpu *c, uint32_t reg, uint64_t value) {
         pstate_changed(c);
         break;
     case UAO: c->uao = value >> 23 & 1; break;
+    case DIT: c->dit = value >> 24 & 1; break;
     case SSBS: c->ssbs = value >> 12 & 1; break;
     case NZCV: c->nzcv = (uint32_t)value & 0xf0000000; break;
     case DAIF:
@@ -306,6 +308,7 @@ static enum el0_access el0_access(struct vcpu *c, uint32_t reg, bool write) {
     uint64_t kctl = c->sys.cntkctl, sctlr = c->sys.sctlr;
     switch (reg) {
     case NZCV:
+    case DIT:
     case SSBS:
     case FPCR:
     case FPSR:
