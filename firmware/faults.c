@@ -95,6 +95,7 @@ __asm__(".pushsection .text.snippets, \"ax\"\n"
 #define EC_PC 0x22
 #define EC_DATA 0x24
 #define EC_SP 0x26
+#define EC_STEP 0x32
 #define EC_BRK 0x3c
 #define SAME_EL 1
 #define WNR 0x40
@@ -107,8 +108,8 @@ __asm__(".pushsection .text.snippets, \"ax\"\n"
 #define NO_FAR 0x5a5a5a5a5a5a5a5aUL
 #define DONE (EC(EC_SVC) | 0x77)
 
-// Runs `pc` and compares what is taken. FAR counts only when the exception sets it.
-static void expect_at(const char *name, u64 pc, u64 spsr, u64 x0, u64 esr, u64 far, u64 elr)
+// Runs `pc` and compares what is taken, PSTATE being `after` by then. FAR counts only when the exception sets it.
+static void expect_state(const char *name, u64 pc, u64 spsr, u64 x0, u64 esr, u64 far, u64 elr, u64 after)
 {
     struct trap *trap = &this_cpu()->trap;
     u64 vector = spsr == EL1T ? 0 : (spsr & 15) == 5 ? 4 : 8;
@@ -116,14 +117,19 @@ static void expect_at(const char *name, u64 pc, u64 spsr, u64 x0, u64 esr, u64 f
     attempt(pc, spsr, x0, 0x1122334455667788, x0);
     bool far_set = (esr >> 26 & ~1UL) == EC_FETCH || (esr >> 26 & ~1UL) == EC_DATA || esr >> 26 == EC_PC;
     if (trap->vector == vector && trap->esr == esr && (!far_set || trap->far == far) &&
-        trap->elr == elr && trap->spsr == spsr) {
+        trap->elr == elr && trap->spsr == after) {
         check(name, true);
         return;
     }
     check(name, false);
     print("# vector %u want %u, esr %x want %x\n", trap->vector, vector, trap->esr, esr);
     print("# far %x want %x\n", trap->far, far);
-    print("# elr %x want %x, spsr %x want %x\n", trap->elr, elr, trap->spsr, spsr);
+    print("# elr %x want %x, spsr %x want %x\n", trap->elr, elr, trap->spsr, after);
+}
+
+static void expect_at(const char *name, u64 pc, u64 spsr, u64 x0, u64 esr, u64 far, u64 elr)
+{
+    expect_state(name, pc, spsr, x0, esr, far, elr, spsr);
 }
 
 static void expect(const char *name, u64 pc, u64 spsr, u64 x0, u64 esr, u64 far)
@@ -436,6 +442,52 @@ static void processor_state(void)
     }
 }
 
+#define MDSCR_SS 1UL
+#define MDSCR_KDE (1UL << 13)
+#define SPSR_SS (1UL << 21)
+#define STEP (EC(EC_STEP) | 0x22)
+#define STEPPED (STEP | 1UL << 24) // ISV
+#define STEP_EXCLUSIVE 0x40
+#define D_CLEAR(spsr) ((spsr) & ~0x200UL)
+
+// Software step (D2.12): one instruction, then an exception.
+static void software_step(void)
+{
+    u64 next = USER_AT(tpidr), ss = EL0T | SPSR_SS;
+    write_sysreg(oslar_el1, 0);
+    write_sysreg(mdscr_el1, MDSCR_SS);
+    __asm__ volatile("isb");
+    expect_state("step_el0", next, ss, 0, STEPPED, 0, next + 4, EL0T);
+    expect_state("step_el0_pending", next, EL0T, 0, STEP, 0, next, EL0T);
+    expect_state("step_flags", USER_AT(flags), ss, 0, STEPPED, 0, USER_AT(flags) + 4, EL0T | 8UL << 28);
+    expect_state("step_branch", USER_AT(ret_target), ss, next, STEPPED, 0, next, EL0T);
+    expect_state("step_load_exclusive", USER_AT(exclusive), ss, VA(USER_RW), STEPPED | STEP_EXCLUSIVE, 0,
+                 USER_AT(exclusive) + 4, EL0T);
+    // An SVC is done when its exception is taken; what faults is not.
+    expect_state("step_svc", USER_AT(ret), ss, 0, DONE, 0, USER_AT(ret) + 4, EL0T);
+    expect_state("step_brk", USER_AT(brk), ss, 0, EC(EC_BRK) | 0xbeef, 0, USER_AT(brk), ss);
+    expect_state("step_undefined", USER_AT(udf), ss, 0, EC(EC_UNKNOWN), 0, USER_AT(udf), ss);
+    expect_state("step_fault", USER_AT(load), ss, VA(INVALID), EC(EC_DATA) | TRANSLATION(3), VA(INVALID),
+                 USER_AT(load), ss);
+    expect_state("step_fetch_fault", VA(INVALID), ss, 0, EC(EC_FETCH) | TRANSLATION(3), VA(INVALID), VA(INVALID), ss);
+    // At EL1 only with KDE, and D clear.
+    expect_state("step_el1_no_kde", CODE_AT(ret), D_CLEAR(EL1H) | SPSR_SS, 0, DONE, 0, CODE_AT(ret) + 4, D_CLEAR(EL1H));
+    write_sysreg(mdscr_el1, MDSCR_SS | MDSCR_KDE);
+    __asm__ volatile("isb");
+    expect_state("step_el1", CODE_AT(flags), D_CLEAR(EL1H) | SPSR_SS, 0, STEPPED | EC(SAME_EL), 0, CODE_AT(flags) + 4,
+                 D_CLEAR(EL1H) | 8UL << 28);
+    expect_state("step_el1_masked", CODE_AT(ret), EL1H | SPSR_SS, 0, DONE, 0, CODE_AT(ret) + 4, EL1H);
+    expect_state("step_el0_kde", next, ss, 0, STEPPED, 0, next + 4, EL0T);
+    // Not while the OS lock is closed, nor once it is off.
+    write_sysreg(oslar_el1, 1);
+    __asm__ volatile("isb");
+    expect_state("step_locked", next, ss, 0, DONE, 0, next + 12, EL0T);
+    write_sysreg(oslar_el1, 0);
+    write_sysreg(mdscr_el1, 0);
+    __asm__ volatile("isb");
+    expect_state("step_off", next, ss, 0, DONE, 0, next + 12, EL0T);
+}
+
 static u64 translate(u64 address, bool write)
 {
     if (write)
@@ -507,6 +559,7 @@ void main(const void *device_tree)
     instructions();
     traps_to_el1();
     processor_state();
+    software_step();
     address_translation();
     u64 features = read_sysreg(id_aa64mmfr0_el1);
     bool granule16 = (features >> 20 & 15) != 0, granule64 = (features >> 24 & 15) == 0;

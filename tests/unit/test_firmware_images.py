@@ -28,6 +28,7 @@ QEMU_DEVIATIONS = {
         "sp_alignment_el1t": "SP alignment is not checked (D1.3.6)",
         "sp_alignment_el0": "the same",
         "sp_alignment_pair_el0": "the same",
+        "step_locked": "software step goes on while the OS lock is closed (D2.4)",
         "daifset_el0": "the syndrome's op1 and op2 are exchanged (D17.2.37, ISS for EC 0x18)",
     },
     "litmus": {  # each depends on timing

@@ -116,7 +116,7 @@ struct block *code_block(struct vcpu *c, uint64_t pa, const uint8_t *host) {
         *head = page;
     }
     block = (struct block *)(code->arena + code->used);
-    decode_block(block, pa, host);
+    decode_block(block, pa, host, BLOCK_MAX);
     block->cold = jit_threshold(c);
     block->code = NULL;
     take(code, sizeof *block + (block->count + 1) * sizeof(struct uop));

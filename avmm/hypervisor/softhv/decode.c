@@ -105,10 +105,10 @@ static bool conditional(const struct uop *u) {
            u->fn == t_tbz || u->fn == t_tbnz;
 }
 
-void decode_block(struct block *block, uint64_t pa, const uint8_t *host) {
+void decode_block(struct block *block, uint64_t pa, const uint8_t *host, uint32_t most) {
     uint32_t room = (PAGE_SIZE - (uint32_t)(pa & (PAGE_SIZE - 1))) / 4, count = 0;
-    if (room > BLOCK_MAX)
-        room = BLOCK_MAX;
+    if (room > most)
+        room = most;
     bool more;
     do {
         uint32_t insn;

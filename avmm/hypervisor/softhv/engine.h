@@ -286,12 +286,15 @@ struct vcpu {
     int32_t slice;      /* what budget started from: slice - budget have run */
     _Atomic uint32_t poll;
     uint32_t daif;      /* PSTATE.DAIF in bits 9:6 */
-    uint8_t el, spsel, pan, uao, ssbs, dit, il;
+    uint8_t el, spsel, pan, uao, ssbs, dit, ss, il;
     uint8_t mmu_idx;    /* of plain loads and stores: MMU_* by el and pan */
     struct tlb_entry *bank; /* tlb[mmu_idx], for compiled code */
     bool fp_trap;       /* FP/SIMD instructions trap at this EL: kept by update_fp_trap() */
     bool irq_line, fiq_line; /* hv_vcpu_set_pending_interrupt */
+    bool step_armed;    /* MDSCR_EL1.SS, and the OS lock is open */
     bool exiting;       /* exit is filled in: leave hv_vcpu_run */
+    bool stepping;      /* software step is active at this EL: one instruction at a time, by step() */
+    uint32_t step_iss;  /* of the exception that follows */
     bool vtimer_masked;
     bool fast_counter; /* a fault: see softhv.h */
     union {
@@ -459,11 +462,13 @@ bool exc_prefetch_abort(struct vcpu *c, uint64_t va, uint32_t ifsc);
 void exc_interrupt(struct vcpu *c, bool fiq);                    /* at c->pc */
 bool exc_wfx(struct vcpu *c, const struct uop *u, bool wfe);      /* EC 0x01 */
 bool exc_illegal_state(struct vcpu *c);                          /* EC 0x0e at c->pc */
+bool exc_step(struct vcpu *c);                                   /* EC 0x32 or 0x33 at c->pc */
 bool exc_eret(struct vcpu *c);                                   /* return from EL1 */
 uint64_t pstate_get(const struct vcpu *c);                       /* SPSR form */
 bool pstate_legal(uint64_t spsr);                                /* EL0t, EL1t, EL1h of AArch64 */
 void pstate_set(struct vcpu *c, uint64_t spsr);                  /* a legal one; also SP, mmu_idx, fp_trap */
 void pstate_changed(struct vcpu *c);                             /* after el, pan, daif were written one by one */
+void step_changed(struct vcpu *c);                               /* after mdscr, osdlr, oslock were */
 void pstate_select_sp(struct vcpu *c, unsigned spsel);           /* at the current EL */
 void update_fp_trap(struct vcpu *c);
 /* Exits to the host ("EL2"): fill exit, set exiting, force a poll; pc = the instruction unless HVC (after it). */
@@ -471,8 +476,9 @@ bool exit_exception(struct vcpu *c, uint64_t pc, uint64_t syndrome, uint64_t va,
 enum {
     EC_UNKNOWN = 0x00, EC_WFX = 0x01, EC_FP = 0x07, EC_ILLEGAL = 0x0e, EC_SVC = 0x15, EC_HVC = 0x16, EC_SMC = 0x17,
     EC_SYSREG = 0x18, EC_IABT_LOWER = 0x20, EC_IABT = 0x21, EC_PC = 0x22, EC_DABT_LOWER = 0x24, EC_DABT = 0x25,
-    EC_SP = 0x26, EC_BRK = 0x3c
+    EC_SP = 0x26, EC_STEP_LOWER = 0x32, EC_STEP = 0x33, EC_BRK = 0x3c
 };
+enum { STEP_ISV = 1 << 24, STEP_EX = 1 << 6, STEP_IFSC = 0x22 }; /* ISS of EC_STEP */
 #define ESR_IL (UINT64_C(1) << 25)
 static inline uint64_t syndrome(unsigned ec, uint32_t iss) { return (uint64_t)ec << 26 | ESR_IL | iss; }
 
@@ -493,6 +499,7 @@ enum { /* SCTLR_EL1 */
     SCTLR_UCT = 1 << 15, SCTLR_NTWI = 1 << 16, SCTLR_NTWE = 1 << 18, SCTLR_WXN = 1 << 19, SCTLR_TSCXT = 1 << 20,
     SCTLR_SPAN = 1 << 23, SCTLR_E0E = 1 << 24, SCTLR_EE = 1 << 25, SCTLR_UCI = 1 << 26
 };
+enum { MDSCR_SS = 1 << 0, MDSCR_KDE = 1 << 13 };
 #define SCTLR_DSSBS (UINT64_C(1) << 44)
 enum { DAIF_D = 1 << 9, DAIF_A = 1 << 8, DAIF_I = 1 << 7, DAIF_F = 1 << 6, DAIF_ALL = 0x3c0 };
 
@@ -549,8 +556,8 @@ enum fault_wfi fault_wfi(struct vcpu *c, uint64_t after);
 /* ---- decode.c, code.c ------------------------------------------------------------------------------------------- */
 
 void decode_init(void); /* idempotent, thread-safe */
-/* Decode from `host` (guest code at `pa`) up to the end of its page or of the block. */
-void decode_block(struct block *block, uint64_t pa, const uint8_t *host);
+/* Decode from `host` (guest code at `pa`) up to the end of its page or of the block; `most` instructions. */
+void decode_block(struct block *block, uint64_t pa, const uint8_t *host, uint32_t most);
 /*
  * For the compiler: the instructions run most often from `pa` on, within the page at host address `page`. Branches to
  * known places in it are followed, conditional ones where `taken` says so, calls too; none comes twice. Ends before what

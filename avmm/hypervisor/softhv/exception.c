@@ -3,13 +3,15 @@
 
 enum { VECTOR_SYNC = 0x000, VECTOR_IRQ = 0x080, VECTOR_FIQ = 0x100 };
 enum { VECTOR_SP0 = 0x000, VECTOR_SPX = 0x200, VECTOR_LOWER = 0x400 };
-enum { SPSR_SSBS = 1 << 12, SPSR_IL = 1 << 20, SPSR_PAN = 1 << 22, SPSR_UAO = 1 << 23, SPSR_DIT = 1 << 24 };
+enum { SPSR_SSBS = 1 << 12, SPSR_IL = 1 << 20, SPSR_SS = 1 << 21, SPSR_PAN = 1 << 22 };
+enum { SPSR_UAO = 1 << 23, SPSR_DIT = 1 << 24 };
 
 /* ---- PSTATE ----------------------------------------------------------------------------------------------------- */
 
 uint64_t pstate_get(const struct vcpu *c) {
     return c->nzcv | (c->dit ? SPSR_DIT : 0) | (c->uao ? SPSR_UAO : 0) | (c->pan ? SPSR_PAN : 0) |
-           (c->il ? SPSR_IL : 0) | (c->ssbs ? SPSR_SSBS : 0) | c->daif | (uint64_t)c->el << 2 | c->spsel;
+           (c->ss ? SPSR_SS : 0) | (c->il ? SPSR_IL : 0) | (c->ssbs ? SPSR_SSBS : 0) | c->daif |
+           (uint64_t)c->el << 2 | c->spsel;
 }
 
 bool pstate_legal(uint64_t spsr) {
@@ -22,11 +24,22 @@ void update_fp_trap(struct vcpu *c) {
     c->fp_trap = !(fpen & 1) || (fpen == 1 && c->el == 0);
 }
 
+/* Are debug exceptions enabled at this EL, for software step (D2.4)? Those of a kernel's own only where it says so. */
+static bool step_enabled(const struct vcpu *c) {
+    return c->step_armed && (c->el == 0 || (c->sys.mdscr & MDSCR_KDE && !(c->daif & DAIF_D)));
+}
+
+void step_changed(struct vcpu *c) {
+    c->step_armed = c->sys.mdscr & MDSCR_SS && !c->sys.oslock && !(c->sys.osdlr & 1);
+    pstate_changed(c);
+}
+
 void pstate_changed(struct vcpu *c) {
     c->mmu_idx = c->el == 0 ? MMU_EL0 : c->pan ? MMU_EL1_PAN : MMU_EL1;
     c->bank = c->tlb[c->mmu_idx];
     update_fp_trap(c);
-    if (c->il || (c->irq_line && !(c->daif & DAIF_I)) || (c->fiq_line && !(c->daif & DAIF_F)))
+    c->stepping = unlikely(c->step_armed) && step_enabled(c);
+    if (c->il || c->stepping || (c->irq_line && !(c->daif & DAIF_I)) || (c->fiq_line && !(c->daif & DAIF_F)))
         force_poll(c);
 }
 
@@ -55,6 +68,7 @@ static void set_flags(struct vcpu *c, uint64_t spsr) {
 void pstate_set(struct vcpu *c, uint64_t spsr) {
     set_mode(c, spsr >> 2 & 3, spsr & 1);
     set_flags(c, spsr);
+    c->ss = !!(spsr & SPSR_SS);
     c->il = !!(spsr & SPSR_IL);
     pstate_changed(c);
 }
@@ -67,7 +81,8 @@ static void take(struct vcpu *c, uint64_t return_address, unsigned vector) {
     c->sys.elr = return_address;
     set_mode(c, 1, 1);
     c->daif = DAIF_ALL;
-    c->il = c->uao = 0;
+    c->il = c->uao = c->ss = 0;
+    c->step_iss = 0;
     c->ssbs = !!(c->sys.sctlr & SCTLR_DSSBS);
     if (!(c->sys.sctlr & SCTLR_SPAN))
         c->pan = 1;
@@ -114,11 +129,18 @@ bool exc_wfx(struct vcpu *c, const struct uop *u, bool wfe) {
     return take_from(c, u, EC_WFX, 1u << 24 | 0xe << 20 | wfe);
 }
 
-bool exc_svc(struct vcpu *c, const struct uop *u, uint16_t imm) { return take_sync(c, pc_of(c, u) + 4, EC_SVC, imm); }
+bool exc_svc(struct vcpu *c, const struct uop *u, uint16_t imm) {
+    c->ss = 0; /* it was one step */
+    return take_sync(c, pc_of(c, u) + 4, EC_SVC, imm);
+}
 
 bool exc_brk(struct vcpu *c, const struct uop *u, uint16_t imm) { return take_from(c, u, EC_BRK, imm); }
 
 bool exc_illegal_state(struct vcpu *c) { return take_sync(c, c->pc, EC_ILLEGAL, 0); }
+
+bool exc_step(struct vcpu *c) {
+    return take_sync(c, c->pc, c->el ? EC_STEP : EC_STEP_LOWER, c->step_iss | STEP_IFSC);
+}
 
 bool exc_pc_alignment(struct vcpu *c, uint64_t pc) {
     c->sys.far = pc;
@@ -139,6 +161,8 @@ bool exc_prefetch_abort(struct vcpu *c, uint64_t va, uint32_t ifsc) {
 
 bool exc_eret(struct vcpu *c) {
     uint64_t spsr = c->sys.spsr;
+    bool steps = c->step_armed && !step_enabled(c) && spsr & SPSR_SS; /* D2.12.4: never while this EL is stepped itself */
+    c->step_iss = 0;
     c->pc = c->sys.elr;
     c->monitor.pa = ~UINT64_C(0);
     c->event = true;
@@ -149,6 +173,7 @@ bool exc_eret(struct vcpu *c) {
         c->il = 1;
         pstate_changed(c);
     }
+    c->ss = steps && c->stepping;
     return false;
 }
 

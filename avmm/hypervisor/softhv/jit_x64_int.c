@@ -623,16 +623,19 @@ static void emit_mrs_daif(struct emit *e, const struct uop *u, uint32_t arg) {
     comes_back(e, o);
 }
 
-/* Interrupts that are masked, or not pending, change nothing else. */
+/* Interrupts that are masked, or not pending, change nothing else; but the mask of debug exceptions may. */
 enum { DAIF_WRITE, DAIF_SET, DAIF_CLEAR };
-_Static_assert(offsetof(struct vcpu, fiq_line) == offsetof(struct vcpu, irq_line) + 1, "both are tested at once");
+_Static_assert(offsetof(struct vcpu, fiq_line) == offsetof(struct vcpu, irq_line) + 1 &&
+                   offsetof(struct vcpu, step_armed) == offsetof(struct vcpu, irq_line) + 2 &&
+                   offsetof(struct vcpu, exiting) == offsetof(struct vcpu, irq_line) + 3,
+               "all are tested at once");
 static void emit_msr_daif(struct emit *e, const struct uop *u, uint32_t arg) {
     unsigned n = arg == DAIF_WRITE ? use(e, u->rn) : NO_REG;
     struct outlined *o = arg == DAIF_SET ? slow_call(e, u) : last_call(e, u);
     cmp_byte(e, AT(el), 0);
     also_from(o, jcc(e, E));
     if (arg != DAIF_SET) {
-        op_rm(e, 0, 0x660083, CMP, CPU, AT(irq_line));
+        op_rm(e, 0, 0x83, CMP, CPU, AT(irq_line));
         byte(e, 0);
         also_from(o, jcc(e, NE));
     }

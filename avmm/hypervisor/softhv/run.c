@@ -249,6 +249,30 @@ static bool run_compiled(struct vcpu *c, struct jump_entry *jump) {
     return true;
 }
 
+/* Software step (D2.12): an instruction by itself, then the exception. */
+static void step(struct vcpu *c) {
+    uint64_t pc = c->pc, pa, exceptions = c->counters.exceptions;
+    const uint8_t *host;
+    if (!c->ss) {
+        exc_step(c);
+        return;
+    }
+    if (!mmu_fetch(c, &pa, &host))
+        return;
+    _Alignas(struct block) uint8_t room[sizeof(struct block) + 2 * sizeof(struct uop)];
+    struct block *block = (struct block *)room;
+    decode_block(block, pa, host, 1);
+    force_poll(c); /* it is the only one */
+    c->block_pc = c->pc;
+    c->budget--;
+    block->uops->fn(c, block->uops);
+    if (c->counters.exceptions != exceptions || (c->exiting && c->pc == pc))
+        return; /* not done: once more when it is returned to */
+    c->ss = 0;
+    bool load_exclusive = (block->uops->insn & 0x3fc00000) == 0x08400000;
+    c->step_iss = STEP_ISV | (load_exclusive ? STEP_EX : 0);
+}
+
 static void run(struct vcpu *c) {
     jit_unlink(c);
     while (!c->exiting) {
@@ -257,6 +281,10 @@ static void run(struct vcpu *c) {
             poll(c);
             if (c->exiting)
                 break;
+        }
+        if (unlikely(c->stepping)) {
+            step(c);
+            continue;
         }
         struct jump_entry *jump = find_block(c);
         counter_add(&c->counters.block_runs, 1);

@@ -85,7 +85,6 @@ void sysreg_reset(struct vcpu *c) {
     s->sctlr = 0x30d00800; /* RES1 */
     s->midr = software_midr;
     s->mpidr = UINT64_C(1) << 31;
-    s->oslock = 1;
     s->id[ID_PFR0] = aa64pfr0;
     s->id[ID_PFR1] = aa64pfr1;
     s->id[ID_DFR0] = aa64dfr0;
@@ -219,6 +218,8 @@ static bool write_reg(struct vcpu *c, uint32_t reg, uint64_t value) {
     uint64_t *state = plain(c, reg);
     if (state) {
         *state = value;
+        if (reg == MDSCR || reg == OSDLR)
+            step_changed(c);
         return true;
     }
     switch (reg) {
@@ -277,7 +278,10 @@ static bool write_reg(struct vcpu *c, uint32_t reg, uint64_t value) {
         s->cntv_cval = value;
         force_poll(c);
         break;
-    case OSLAR: s->oslock = value & 1; break;
+    case OSLAR:
+        s->oslock = value & 1;
+        step_changed(c);
+        break;
     case DBGCLAIMSET: s->dbgclaim |= value & 0xff; break;
     case DBGCLAIMCLR: s->dbgclaim &= ~value; break;
     case DBGDTR_EL0:
