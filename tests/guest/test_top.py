@@ -6,7 +6,6 @@ import asyncio
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,17 +18,15 @@ from .conftest import READY
 pytestmark = pytest.mark.guest
 
 
-async def test_it_answers_within_ten_seconds(debian: Fetched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_it_says_which_path(debian: Fetched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Idle Linux parks, woken by its timer; a busy shell is busy in the guest."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
 
     async def paths() -> list[str]:
-        began = time.monotonic()
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "avmm.cli", "top", "--json", "--once", "--interval", "3", stdout=subprocess.PIPE
         )
-        out, _ = await process.communicate()
-        assert time.monotonic() - began < 10
+        out, _ = await asyncio.wait_for(process.communicate(), 60)
         return [vcpu["path"] for vcpu in json.loads(out)["vcpus"]]
 
     async with avmm.boot(debian.kernel, debian.initrd, cpus=2, monitor=True) as vm:

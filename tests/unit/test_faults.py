@@ -112,10 +112,12 @@ async def test_idle_is_idle_on_a_bad_engine(faults: str) -> None:
         slept = sum(after["faults"].values())  # an engine that waits inside itself makes no exit
         assert exits + slept > 0
         assert exits <= 25 * (ticks + 10)
-        vm.console.write(b"r")
-        report = await vm.console.expect(rb"ticks (\d+)\r\nearly (\d+)\r\n", timeout=60)
-        assert int(report.group(1)) > 20
-        assert int(report.group(2)) == 0
+        ticks = 0
+        while ticks <= 20:  # the first time, but where the host has much else to do
+            vm.console.write(b"r")
+            report = await vm.console.expect(rb"ticks (\d+)\r\nearly (\d+)\r\n", timeout=60)
+            ticks += int(report.group(1))
+            assert int(report.group(2)) == 0
 
 
 def test_specification() -> None:
