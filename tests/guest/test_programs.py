@@ -175,12 +175,14 @@ async def test_stress_ng_verifies_at_length(shell: Shell, kind: str) -> None:
     # Left out: what wants files, a network, or more memory than there is.
     without = "--exclude bad-altstack,bigheap,brk,stack,resources,mlockmany,oom-pipe,loop,cyclic,schedpolicy,"
     without += "softlockup,swap,tmpfs,uprobe"
-    said = await shell.check(
+    done = await shell.run(
         f"cd /tmp && stress-ng --class {kind} --sequential 1 --timeout 3 --verify {without} --oomable 2>&1",
         timeout=1800,
     )
-    assert "successful run completed" in said
-    assert not re.search(r"fail: |inconsist|mismatch", said), said
+    # 3: one wanted what this kernel has not (caches described by firmware); 7: one was cut short on a slow host.
+    assert done.code in (0, 3, 7), done.output
+    assert "successful run completed" in done.output
+    assert not re.search(r"fail: |inconsist|mismatch", done.output), done.output
 
 
 CHECKED = Path(__file__).parents[2] / "avmm/hypervisor/softhv"
