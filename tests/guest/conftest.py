@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import os
 import shutil
 import subprocess
@@ -24,6 +25,8 @@ from avmm.vm import Booting
 
 #: What the fetched initrd prints when its shell is about to start.
 READY = rb"avmm: Debian \S+ ready"
+#: The same, or what tests/guest/rootfs.py's prints.
+UP = READY + rb"|rootfs: ready\r\n"
 
 
 def _mirror() -> str | None:
@@ -73,35 +76,75 @@ def with_init(debian: Fetched, tmp_path: Path) -> Callable[[str], Path]:
     return make
 
 
-@pytest.fixture
+# Every test that boots a VM runs with one that was restored from a snapshot as well, but for those marked booted_only.
+
+
+def booted_only(reason: str) -> pytest.MarkDecorator:
+    """Marks a test for which a restored VM makes no sense, because of ``reason``."""
+    return pytest.mark.booted_only(reason)
+
+
+#: Marks a test that runs with a restored VM only where time does not matter (``--soak``).
+long_restored = pytest.mark.long_restored
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the two."""
+    config.addinivalue_line("markers", "booted_only(reason): not with a VM that was restored from a snapshot")
+    config.addinivalue_line("markers", "long_restored: with a restored VM only with --soak")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of the command line and of the plugin, which are no coroutines, have VMs in processes of their own."""
+    if "life" in metafunc.fixturenames and inspect.iscoroutinefunction(metafunc.function):
+        lives: list[Any] = ["booted"]
+        if not any(metafunc.definition.iter_markers("booted_only")):
+            soak = [pytest.mark.soak] if any(metafunc.definition.iter_markers("long_restored")) else []
+            lives.append(pytest.param("restored", marks=soak))
+        metafunc.parametrize("life", lives, indirect=True)
+
+
+#: Snapshots of this session of VMs that nothing but its options tells apart, by those.
+_snapshots: dict[str, Path] = {}
+
+
+@pytest.fixture(autouse=True)
 def life(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """How a test's VMs came to be: ``booted``, or ``restored`` from a snapshot taken when they were ready."""
-    if request.param == "booted":
+    """How a test's VMs come to be: ``booted``, or ``restored`` from a snapshot taken when they were ready."""
+    if getattr(request, "param", "booted") == "booted":
         return
-    boot, path = avmm.boot, tmp_path_factory.mktemp("life") / "snapshot"
+    boot = avmm.boot
 
-    def restored(*args: Any, keep_output: int | None = None, **options: Any) -> Booting:
-        async def make() -> avmm.VirtualMachine:
-            async with boot(*args, keep_output=keep_output, **options) as vm:
-                await vm.console.expect(READY, timeout=120)
+    async def ready(*args: Any, **options: Any) -> Path:
+        """A snapshot."""
+        key = repr((args, sorted(options.items())))
+        shared = not {"drives", "shares", "vsock", "pcap"} & set(options) and "socket=" not in key
+        if not shared or key not in _snapshots:
+            path = tmp_path_factory.mktemp("life") / "snapshot"
+            async with boot(*args, **options) as vm:
+                await vm.console.expect(UP, timeout=240)
                 await vm.snapshot(path)
-            config, origin = load(path)
+            if not shared:
+                return path
+            _snapshots[key] = path
+        return _snapshots[key]
+
+    def restored(
+        *args: Any, keep_output: int | None = None, monitor: bool = False, trace: Any = None, **options: Any
+    ) -> Booting:
+        async def make() -> avmm.VirtualMachine:
+            config, origin = load(await ready(*args, **options))
             # The test looks for what has been shown already.
             console = origin.state.console
             seen = replace(console, transcript=replace(console.transcript, cursor=0))
             origin.state = replace(origin.state, console=seen)
-            return avmm.VirtualMachine(config, origin=origin, keep_output=keep_output)
+            return avmm.VirtualMachine(config, origin=origin, keep_output=keep_output, monitor=monitor, trace=trace)
 
         return Booting(make)
 
     monkeypatch.setattr(avmm, "boot", restored)
-
-
-def any_life(test: Any) -> Any:
-    """Marks a test that is to pass with VMs of either life."""
-    return pytest.mark.parametrize("life", ["booted", "restored"], indirect=True)(pytest.mark.usefixtures("life")(test))
 
 
 def _held() -> dict[str, set[str]]:

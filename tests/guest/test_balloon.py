@@ -9,7 +9,7 @@ import pytest
 
 import avmm
 from avmm.debian import Fetched
-from tests.guest.conftest import READY
+from tests.guest.conftest import READY, booted_only
 from tests.guest.test_drives import shell
 
 pytestmark = pytest.mark.guest
@@ -34,6 +34,7 @@ async def until_below(limit: int) -> None:
     raise AssertionError(f"{guest_memory() >> 20} MiB are still there")
 
 
+@booted_only("counts memory that is shared with a file, which a restored VM has none of")
 async def test_what_the_guest_frees_is_given_back(debian: Fetched) -> None:
     async with avmm.boot(debian.kernel, debian.initrd, memory="1G") as vm:
         await vm.console.expect(READY, timeout=120)

@@ -11,12 +11,11 @@ import pytest
 
 import avmm
 from avmm.debian import Fetched
-from tests.guest.conftest import READY, any_life
+from tests.guest.conftest import READY, booted_only
 
 pytestmark = pytest.mark.guest
 
 
-@any_life
 @pytest.mark.parametrize("cpus", [1, 4])
 @pytest.mark.parametrize("flavour", ["cloud", "generic"])
 async def test_debian_reaches_its_shell_and_powers_off(flavour: str, cpus: int, request: pytest.FixtureRequest) -> None:
@@ -31,6 +30,7 @@ async def test_debian_reaches_its_shell_and_powers_off(flavour: str, cpus: int, 
             await vm.console.expect(rb"never", timeout=60)
 
 
+@booted_only("the state of the hypervisor's own interrupt controller cannot be saved")
 @pytest.mark.parametrize("cpus", [1, 2])
 async def test_debian_with_the_hypervisor_s_interrupt_controller(debian: Fetched, cpus: int) -> None:
     async with avmm.boot(debian.kernel, debian.initrd, cpus=cpus, irqchip="hypervisor") as vm:
@@ -47,7 +47,6 @@ async def test_debian_with_the_hypervisor_s_interrupt_controller(debian: Fetched
         assert vm.counters()["exits"]["wfi"] == 0
 
 
-@any_life
 async def test_a_pasted_megabyte_arrives_whole(debian: Fetched) -> None:
     text = b"".join(b"%07d\n" % number for number in range(131072))
     async with avmm.boot(debian.kernel, debian.initrd) as vm:
@@ -59,7 +58,6 @@ async def test_a_pasted_megabyte_arrives_whole(debian: Fetched) -> None:
         assert found[1].decode() == hashlib.md5(text).hexdigest()
 
 
-@any_life
 async def test_reset_reboots_with_memory_loaded_afresh(debian: Fetched) -> None:
     async with avmm.boot(debian.kernel, debian.initrd) as vm:
         for _ in range(2):
@@ -69,7 +67,6 @@ async def test_reset_reboots_with_memory_loaded_afresh(debian: Fetched) -> None:
         assert vm.outcome is None
 
 
-@any_life
 async def test_reset_ends_a_vm_that_does_not_reboot(debian: Fetched) -> None:
     async with avmm.boot(debian.kernel, debian.initrd, reboot=False) as vm:
         await vm.console.expect(READY, timeout=120)
@@ -77,6 +74,7 @@ async def test_reset_ends_a_vm_that_does_not_reboot(debian: Fetched) -> None:
         assert await vm.wait() == avmm.Outcome("reset")
 
 
+@booted_only("it never comes up")
 @pytest.mark.parametrize("timeout", ["-1", "0"], ids=["panic=-1 resets", "panic=0 stays down"])
 async def test_a_panic_wakes_whoever_waits(debian: Fetched, timeout: str) -> None:
     async with avmm.boot(debian.kernel, append=f"panic={timeout}") as vm:  # no initrd, no disk: no root
@@ -87,7 +85,6 @@ async def test_a_panic_wakes_whoever_waits(debian: Fetched, timeout: str) -> Non
         assert isinstance(outcome.error, avmm.GuestPanic)
 
 
-@any_life
 async def test_several_machines_in_one_process(debian: Fetched) -> None:
     async with avmm.boot(debian.kernel, debian.initrd) as one, avmm.boot(debian.kernel, debian.initrd) as two:
         for number, vm in enumerate((one, two)):
@@ -97,7 +94,6 @@ async def test_several_machines_in_one_process(debian: Fetched) -> None:
         assert await two.console.expect(rb"\n41\r", timeout=60)
 
 
-@any_life
 async def test_pause_stops_the_guest_and_resume_goes_on(debian: Fetched) -> None:
     async with avmm.boot(debian.kernel, debian.initrd, cpus=2) as vm:
         await vm.console.expect(READY, timeout=120)
@@ -111,6 +107,7 @@ async def test_pause_stops_the_guest_and_resume_goes_on(debian: Fetched) -> None
             assert await vm.console.expect(rb"\n666\r", timeout=60)
 
 
+@booted_only("is about a boot")
 async def test_cancelling_leaves_nothing_behind(debian: Fetched) -> None:
     async def use() -> None:
         async with avmm.boot(debian.kernel, debian.initrd, cpus=2) as vm:
@@ -135,6 +132,7 @@ async def test_without_a_block_the_vm_is_stopped_by_hand(debian: Fetched) -> Non
         await vm.start()
 
 
+@booted_only("it ends by itself")
 async def test_an_init_of_the_tests_own(with_init: Callable[[str], Path], debian: Fetched) -> None:
     initrd = with_init("echo BOOT-OK; poweroff -f\n")
     async with avmm.boot(debian.kernel, initrd, append="avmm.init=/test-init") as vm:

@@ -20,7 +20,7 @@ import avmm
 from avmm.debian import Fetched
 from tests.conftest import AVMM_BOOT
 from tests.guest import rootfs
-from tests.guest.conftest import READY, any_life
+from tests.guest.conftest import READY, booted_only
 
 pytestmark = pytest.mark.guest
 
@@ -49,6 +49,7 @@ def sparse(path: Path, size: int) -> Path:
     return path
 
 
+@booted_only("looks at the disk's file, which a restored VM does not write to")
 @needs_e2fsprogs
 async def test_ext4_is_filled_and_clean(debian: Fetched, tmp_path: Path) -> None:
     disk = sparse(tmp_path / "disk.img", 64 << 20)
@@ -73,6 +74,7 @@ async def test_ext4_is_filled_and_clean(debian: Fetched, tmp_path: Path) -> None
     assert hashlib.md5((tmp_path / "big").read_bytes()).hexdigest() == wanted
 
 
+@booted_only("looks at the disk's file, which a restored VM does not write to")
 @needs_qemu_img
 async def test_qcow2_over_a_backing_file(debian: Fetched, tmp_path: Path) -> None:
     base = tmp_path / "base.raw"
@@ -95,7 +97,6 @@ async def test_qcow2_over_a_backing_file(debian: Fetched, tmp_path: Path) -> Non
     assert hashlib.md5((tmp_path / "out").read_bytes()).hexdigest() == found[1]
 
 
-@any_life
 async def test_read_only_snapshot_and_errors(debian: Fetched, tmp_path: Path) -> None:
     files = [tmp_path / name for name in ("ro.img", "snapshot.img", "faulty.img")]
     for file in files:
@@ -119,7 +120,6 @@ async def test_read_only_snapshot_and_errors(debian: Fetched, tmp_path: Path) ->
         assert file.read_bytes() == b"original" * 131072
 
 
-@any_life
 async def test_disks_survive_a_reboot_and_a_pause_in_mid_flight(debian: Fetched, tmp_path: Path) -> None:
     disk = sparse(tmp_path / "disk.img", 16 << 20)
     async with avmm.boot(debian.kernel, debian.initrd, drives=[disk]) as vm:
@@ -180,7 +180,6 @@ sleep 1000
         assert content[number * 131072 :][:131072] == wanted
 
 
-@any_life
 async def test_console_ports(debian: Fetched) -> None:
     async with avmm.boot(debian.kernel, debian.initrd, ports=["hvc0", "agent"]) as vm:
         await vm.console.expect(READY, timeout=120)
@@ -222,7 +221,6 @@ async def test_console_ports(debian: Fetched) -> None:
     assert await agent.read(1) == b""
 
 
-@any_life
 async def test_the_guest_has_entropy(debian: Fetched) -> None:
     async with avmm.boot(debian.kernel, debian.initrd) as vm:
         await vm.console.expect(READY, timeout=120)

@@ -13,6 +13,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from avmm.bootloader.image import load_kernel
 from avmm.debian import Fetched
 from examples import chaos, vm_per_request
+from tests.guest.conftest import booted_only
 
 pytestmark = pytest.mark.guest
 
@@ -35,6 +36,7 @@ async def test_a_vm_for_each_request(debian: Fetched) -> None:
         assert (await run("echo still here >&2"))["stderr"] == "still here\n"
 
 
+@booted_only("a snapshot does not know the switch of a program that is gone")
 async def test_chaos(debian: Fetched, capsys: pytest.CaptureFixture[str]) -> None:
     await chaos.chaos(rounds=2, seed=1)
     assert capsys.readouterr().out.count("came back") == 2

@@ -15,7 +15,7 @@ import avmm
 from avmm.debian import Fetched
 from avmm.errors import GuestGone, WaitTimeout
 from avmm.guest.exec import CommandFailed
-from tests.guest.conftest import READY
+from tests.guest.conftest import READY, booted_only
 
 pytestmark = pytest.mark.guest
 
@@ -123,6 +123,7 @@ async def test_files_and_trees(debian: Fetched, tmp_path: Path) -> None:
         assert (await vm.run("true")).ok
 
 
+@booted_only("is about a boot")
 async def test_the_users_init_is_as_it_would_be(debian: Fetched, with_init: Callable[[str], Path]) -> None:
     """The first process is the guest's own, with its own name, arguments and file systems; after switch_root too."""
     initrd = with_init("""

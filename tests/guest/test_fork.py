@@ -11,7 +11,7 @@ import pytest
 
 import avmm
 from avmm.debian import Fetched
-from tests.guest.conftest import READY, fetch_or_skip
+from tests.guest.conftest import READY, booted_only, fetch_or_skip
 
 pytestmark = pytest.mark.guest
 
@@ -135,6 +135,7 @@ async def test_a_paused_parent_stays_paused(debian: Fetched) -> None:
         assert await answer(vm, "echo parent") == "parent\n"
 
 
+@booted_only("looks at the disk's file, which a restored VM does not write to")
 async def test_disks_of_twins_are_their_own(debian: Fetched, tmp_path: Path) -> None:
     disk, read_only = tmp_path / "disk.img", tmp_path / "ro.img"
     for path in (disk, read_only):
@@ -159,6 +160,27 @@ async def test_disks_of_twins_are_their_own(debian: Fetched, tmp_path: Path) -> 
     assert content.startswith(b"before\n")
     assert content[4096:].startswith(b"parent\n")
     assert content[8192:].startswith(b"original")
+
+
+@pytest.mark.parametrize("release", ["bookworm", "bullseye"])
+async def test_twins_of_one_moment_differ_and_know_the_time(release: str) -> None:
+    """Also where the kernel does not look at the VM's generation (Linux 6.1, 5.10): the agent sees to it, before the
+    first command. Without that the twins of a parent that stands still draw the same numbers."""
+    guest = fetch_or_skip("cloud", release)
+    async with avmm.boot(guest.kernel, guest.initrd, cpus=2) as vm:
+        await vm.console.expect(READY, timeout=120)
+        await vm.check("date", "-s", "2001-01-01 00:00:00", timeout=60)
+        await vm.pause()
+        look = "for cpu in 0 1; do taskset $((1 << cpu)) head -c 16 /dev/urandom | md5sum; done; date +%s"
+        drawn = set()
+        for _ in range(3):
+            async with vm.fork() as twin:
+                *numbers, now = (await twin.check("sh", "-c", look, timeout=60)).stdout.splitlines()
+                assert abs(int(now) - time.time()) < 30
+                drawn |= set(numbers)
+        assert len(drawn) == 6
+        await vm.resume()
+        assert (await vm.check("date", "+%Y", timeout=60)).stdout == b"2001\n"
 
 
 async def test_a_twin_has_random_numbers_of_its_own() -> None:

@@ -12,7 +12,7 @@ import shutil
 import pytest
 
 import avmm
-from tests.guest.conftest import READY, fetch_or_skip
+from tests.guest.conftest import READY, booted_only, fetch_or_skip
 from tests.guest.rootfs import Shell, booted, files_of, rootfs
 
 pytestmark = pytest.mark.guest
@@ -99,6 +99,7 @@ async def test_debian_s_programs_run_on_each(release: str, flavour: str) -> None
         await shell.check(f"python3.11 -m test {tests}", timeout=600)
 
 
+@booted_only("it stops at its first question, which is asked anew")
 @pytest.mark.soak
 async def test_debian_s_installer_asks_its_first_questions() -> None:
     home = "usr/lib/debian-installer/images/12/arm64/text/debian-installer/arm64"

@@ -22,7 +22,7 @@ import pytest
 
 import avmm
 from avmm.debian import Fetched
-from tests.guest.conftest import READY
+from tests.guest.conftest import READY, booted_only, long_restored
 from tests.guest.rootfs import booted, rootfs
 from tests.guest.test_drives import run, shell
 
@@ -177,6 +177,7 @@ async def test_the_network_is_there_again_after_a_reboot_and_in_a_twin(debian: F
 # Several machines.
 
 
+@booted_only("a snapshot does not know the switch of a program that is gone")
 async def test_three_guests_on_a_switch_and_a_partition(debian: Fetched) -> None:
     switch = avmm.Switch()
     async with contextlib.AsyncExitStack() as stack:
@@ -205,6 +206,7 @@ async def test_three_guests_on_a_switch_and_a_partition(debian: Fetched) -> None
         assert found[1].decode() in said
 
 
+@long_restored
 @needs_qemu
 async def test_qemu_at_the_other_end_of_a_socket(debian: Fetched, tmp_path: Path) -> None:
     """Two avmm guests and one of QEMU's meet at one path."""
@@ -245,6 +247,7 @@ async def test_qemu_at_the_other_end_of_a_socket(debian: Fetched, tmp_path: Path
             await qemu.communicate()
 
 
+@booted_only("runs the command line")
 @needs_root
 async def test_a_tap_interface(debian: Fetched, tmp_path: Path) -> None:
     """In a network namespace of its own: files both ways, large segments with unfinished checksums on the way."""
@@ -335,6 +338,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@long_restored
 async def test_iperf_and_a_thousand_connections_at_once(image: Path) -> None:
     async with booted(image, net="user") as guest:
         vm = guest.vm
@@ -369,6 +373,7 @@ async def test_iperf_and_a_thousand_connections_at_once(image: Path) -> None:
         assert vm.counters()["guest_errors"]["net0"] == 0
 
 
+@long_restored
 async def test_git_clone_and_apt(image: Path, tmp_path: Path) -> None:
     source = tmp_path / "repos" / "project"
     source.mkdir(parents=True)

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest.conftest import fetch_or_skip
+from tests.guest.conftest import fetch_or_skip, long_restored
 from tests.guest.rootfs import Shell, booted, rootfs
 
 pytestmark = [
     pytest.mark.guest,
+    long_restored,
     pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="unpacks Debian packages with dpkg-deb"),
 ]
 

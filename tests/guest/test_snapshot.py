@@ -11,6 +11,7 @@ import pytest
 
 import avmm
 from avmm.debian import Fetched
+from tests.guest.conftest import booted_only
 from tests.guest.test_fork import answer, prompt
 
 pytestmark = pytest.mark.guest
@@ -44,6 +45,7 @@ async def test_a_machine_comes_back_as_often_as_one_likes(debian: Fetched, cpus:
             assert await answer(again, "cat /tmp/state 2>/dev/null") == state
 
 
+@booted_only("looks at the disk's file, which a restored VM does not write to")
 async def test_disks_are_what_they_were(debian: Fetched, tmp_path: Path) -> None:
     content = os.urandom(1 << 20)
     disks = [tmp_path / name for name in ("rw.img", "snapshot.img", "ro.img")]

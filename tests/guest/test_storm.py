@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 
-from tests.guest.conftest import fetch_or_skip
+from tests.guest.conftest import fetch_or_skip, long_restored
 from tests.guest.rootfs import booted, rootfs
 from tests.guest.test_programs import PACKAGES
 
@@ -52,11 +52,13 @@ async def storm(cpus: int, seconds: int, engine: str = "auto") -> None:
         assert not re.search("fail:|skipping", re.sub(EXCUSED, "", said)), said
 
 
+@long_restored
 @pytest.mark.parametrize("cpus", [2, 4])
 async def test_nothing_is_wrong_after_a_storm(cpus: int) -> None:
     await storm(cpus, 60)
 
 
+@long_restored
 @pytest.mark.soak
 @pytest.mark.parametrize(("cpus", "engine"), [(2, "auto"), (4, "auto"), (2, "softhv,interpreter"), (4, "softhv,turns")])
 async def test_nothing_is_wrong_after_half_an_hour(cpus: int, engine: str) -> None:
