@@ -25,6 +25,7 @@ from avmm.aio import cancel, outlast, within
 from avmm.attachments import attachments_of, close_all, open_all
 from avmm.attachments.agent import AgentAttachment
 from avmm.attachments.base import Attachment
+from avmm.attachments.net import NetAttachment
 from avmm.backends.serial import SerialLine
 from avmm.board import Board, id_page
 from avmm.bootloader.loader import ENTROPY_SIZE, Entry, load_linux
@@ -243,22 +244,31 @@ class VirtualMachine(Commands, Equipment):
 
     # Twins.
 
-    def fork(self) -> Booting:
+    def fork(self, *, pcap: str | os.PathLike[str] | None = None) -> Booting:
         """A twin of this VM as it is now: ``async with vm.fork() as twin: ...``, or ``await vm.fork()``.
 
         Memory is shared until either writes to it; what the twin writes to its disks is its own and forgotten with it.
         This VM stands still for some milliseconds and then runs on, whatever happens to the twin. What was typed at its
-        console and not taken yet is not typed at the twin's. Raises ConfigError where the engine runs one VM only, or
-        the VM is not running or paused or has something that cannot be forked, and GuestGone when it ends meanwhile.
+        console and not taken yet is not typed at the twin's. ``pcap`` names a file that records its first network.
+        Raises ConfigError where the engine runs one VM only, or the VM is not running or paused or has something that
+        cannot be forked, and GuestGone when it ends meanwhile.
         """
-        return Booting(self._twin)
+        return Booting(lambda: self._twin(None if pcap is None else Path(pcap)))
 
-    async def _twin(self) -> VirtualMachine:
+    async def _twin(self, pcap: Path | None) -> VirtualMachine:
+        if pcap is not None and not self.config.nets:
+            raise ConfigError("a recording (pcap) takes a network, and this VM has none")
         async with self._still():
             if not self._can_fork:
                 raise ConfigError(f"{self._engine} runs one VM in a process: fork with --engine softhv")
             origin = await self._capture()
-        return VirtualMachine(self.config, origin=origin, keep_output=self._keep_output)
+        config = self.config
+        if config.nets:  # of which the recordings are this VM's
+            first, *others = (replace(each, pcap=None) for each in config.nets)
+            config = replace(config, nets=(replace(first, pcap=pcap), *others))
+            networks = (each for each in origin.attachments if isinstance(each, NetAttachment))
+            next(networks).record(pcap)
+        return VirtualMachine(config, origin=origin, keep_output=self._keep_output)
 
     async def snapshot(self, path: str | os.PathLike[str]) -> None:
         """Write this VM as it is now to the file ``path``, from which :func:`restore` and ``avmm restore`` go on.

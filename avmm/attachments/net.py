@@ -136,6 +136,10 @@ class NetAttachment(Attachment):
         twin._origin = self
         return twin
 
+    def record(self, pcap: Path | None) -> None:
+        """Record its frames in this file, or not. Before it is opened."""
+        self._config = replace(self._config, pcap=pcap)
+
     def store(self, writer: Writer, name: str) -> Any:
         """See :class:`Attachment`."""
         return {"mac": self._mac}

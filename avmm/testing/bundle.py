@@ -4,7 +4,8 @@
 ``console.txt``         everything the guest printed, printable as it stands
 ``console.raw``         the same, byte for byte
 ``screen.txt``, `.svg`  what a terminal would show (with ``avmm[screen]``)
-``registers.txt``       each vCPU's, with the kernel's symbol of PC where a System.map is beside the kernel
+``registers.txt``       each vCPU's, with the kernel's symbol of PC: by the System.map beside the kernel, else by what a
+                        twin says (/proc/kallsyms)
 ``devices.json``        each device's state, counters and last error; how the VM was configured; what avmm logged last
 ``vm.snapshot``          the VM at that moment: ``avmm resume`` on the folder goes on from it
 ``*.pcap``               what its networks recorded
@@ -51,7 +52,8 @@ async def write_bundle(vm: VirtualMachine, folder: Path, name: str) -> Path:
     }
     try:
         async with asyncio.timeout(_REST):
-            files["registers.txt"] = _registers(await vm.registers(), Path(vm.config.kernel))
+            vcpus = await vm.registers()
+        files["registers.txt"] = _registers(vcpus, Symbols.beside(Path(vm.config.kernel)) or await _ask_twin(vm))
     except (AvmmError, TimeoutError) as error:
         missing.append(f"registers: {error or 'the guest does not come to rest'}")
     files["devices.json"] = json.dumps(vm.describe_state(), indent=1, default=repr)
@@ -105,8 +107,18 @@ def _tasks() -> str:
     return out.getvalue()
 
 
-def _registers(vcpus: list[VcpuState], kernel: Path) -> str:
-    symbols = Symbols.beside(kernel)
+async def _ask_twin(vm: VirtualMachine) -> Symbols | None:
+    """The symbols of a kernel without a System.map; None where there is no twin that could tell, and do no harm."""
+    if not vm.config.agent or vm.config.initrd is None or vm.config.shares:
+        return None
+    try:
+        async with asyncio.timeout(_REST), vm.fork() as twin:
+            return Symbols((await twin.get("/proc/kallsyms")).decode(errors="replace"))
+    except (AvmmError, TimeoutError):
+        return None
+
+
+def _registers(vcpus: list[VcpuState], symbols: Symbols | None) -> str:
     lines = []
     for index, vcpu in enumerate(vcpus):
         where = symbols.find(vcpu.pc, vcpu.sysregs.get("VBAR_EL1", 0)) if symbols is not None else ""
@@ -120,10 +132,10 @@ def _registers(vcpus: list[VcpuState], kernel: Path) -> str:
 
 
 class Symbols:
-    """A kernel's System.map. Where the kernel really is follows from VBAR_EL1, which holds its ``vectors``."""
+    """A kernel's System.map, or its /proc/kallsyms. Where it really is follows from VBAR_EL1: its ``vectors``."""
 
     def __init__(self, text: str) -> None:
-        found = re.findall(r"(?m)^([0-9a-f]{16}) [tTwW] (\S+)$", text)
+        found = re.findall(r"(?m)^([0-9a-f]{16}) [tTwW] (\S+)(?:\t\[\w+\])?$", text)
         pairs = sorted((int(address, 16), name) for address, name in found)
         self._addresses = [address for address, _ in pairs]
         self._names = [name for _, name in pairs]

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import itertools
 import sys
 import tempfile
 from collections import OrderedDict
@@ -53,6 +54,7 @@ _KEPT: Final = 4
 
 _failed = pytest.StashKey[bool]()
 _bundles = pytest.StashKey[list[str]]()
+_recordings = itertools.count(1)
 _alive: list[VirtualMachine] = []  # of the test that runs, for breakpoint()
 _frozen = contextlib.ExitStack()
 
@@ -161,7 +163,8 @@ def pytest_leave_pdb(config: pytest.Config, pdb: Any) -> None:
 
 
 def _options(request: pytest.FixtureRequest, **more: Any) -> dict[str, Any]:
-    """What the test asks for: arguments of :func:`avmm.boot`, ``ready`` and ``boot_timeout``."""
+    """What the test asks for: arguments of :func:`avmm.boot`, ``ready`` and ``boot_timeout``; and, where there is a
+    network, a recording of it for the bundle."""
     import avmm
 
     wanted: dict[str, Any] = {"engine": request.config.getoption("--avmm-engine")}
@@ -173,6 +176,9 @@ def _options(request: pytest.FixtureRequest, **more: Any) -> dict[str, Any]:
     known = {*inspect.signature(avmm.boot).parameters, "ready", "boot_timeout"}
     if unknown := sorted(set(wanted) - known):
         pytest.fail(f"@pytest.mark.avmm knows no {unknown[0]!r}; it has {', '.join(sorted(known))}", pytrace=False)
+    if wanted.get("net", "none") not in ("none", [], ()):
+        folder: Path = request.getfixturevalue("tmp_path")
+        wanted.setdefault("pcap", folder / f"net-{next(_recordings)}.pcap")
     return wanted
 
 
@@ -226,6 +232,8 @@ class _Booted:
 
         if self._one_at_a_time:
             return await _boot(self._config, wanted)
+        asked, wanted = wanted, dict(wanted)
+        pcap = wanted.pop("pcap", None)
         key = repr(sorted({"memory": "512M", "cpus": 1, **wanted}.items()))
         vm = self._vms.get(key)
         if vm is None or vm.outcome is not None:
@@ -235,13 +243,13 @@ class _Booted:
                 await self._vms.popitem(last=False)[1].stop()
         self._vms.move_to_end(key)
         try:
-            twin = await vm.fork()
+            twin = await vm.fork(pcap=pcap)
         except ConfigError as error:
             if "one VM" not in str(error):
                 raise
             self._one_at_a_time = True
             await self.close()
-            return await _boot(self._config, wanted)
+            return await _boot(self._config, asked)
         await twin.wait_ready(timeout=BOOT_TIMEOUT)
         return twin
 
@@ -250,12 +258,12 @@ class _Booted:
         import avmm
 
         twin = await self.twin(wanted)
-        try:
-            with tempfile.TemporaryDirectory(prefix="avmm-") as folder:
+        with tempfile.TemporaryDirectory(prefix="avmm-") as folder:
+            try:
                 await twin.snapshot(Path(folder) / "vm.snapshot")
-                restored = await avmm.restore(Path(folder) / "vm.snapshot")
-        finally:
-            await twin.stop()
+            finally:
+                await twin.stop()
+            restored = await avmm.restore(Path(folder) / "vm.snapshot")
         try:
             await restored.wait_ready(timeout=BOOT_TIMEOUT)
         except BaseException:
@@ -343,7 +351,9 @@ async def vm_any(request: pytest.FixtureRequest, _avmm_booted: _Booted) -> Async
 
 
 @_fixture(loop_scope="session")
-async def vm_factory(request: pytest.FixtureRequest) -> AsyncIterator[Callable[..., Awaitable[VirtualMachine]]]:
+async def vm_factory(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> AsyncIterator[Callable[..., Awaitable[VirtualMachine]]]:
     """``await vm_factory(...)`` boots a VM: the marker's arguments, and those given. All are stopped with the test."""
     async with contextlib.AsyncExitStack() as stack:
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pty
 import re
 import select
+import shutil
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 
+import avmm
 from avmm.debian import Fetched
+from avmm.testing.bundle import write_bundle
+from tests.guest.conftest import READY
 
 pytestmark = pytest.mark.guest
 
@@ -94,7 +100,9 @@ async def test_another_loop(elsewhere): ...
 
 def test_a_failure_leaves_a_bundle(debian: Fetched, tmp_path: Path) -> None:
     said = run(tmp_path, '''
+@pytest.mark.avmm(net="user")
 async def test_fails(vm):
+    await vm.check("ping", "-c", "1", "-W", "30", "10.0.2.2")
     vm.console.write(b"echo on the screen\\n")
     await vm.console.expect(rb"\\non the screen")
     asyncio.create_task(vm.run("sleep", "1000"), name="waiter")
@@ -115,6 +123,11 @@ async def test_dies(vm):
     assert "name='waiter'" in (bundle / "tasks.txt").read_text()
     devices = json.loads((bundle / "devices.json").read_text())
     assert {"agent", "rng"} <= {device["name"] for device in devices["devices"]}
+    (recording,) = bundle.glob("*.pcap")
+    if shutil.which("tshark"):
+        tshark = ["tshark", "-r", str(recording), "-Y", "icmp", "-T", "fields", "-e", "ip.src"]
+        pings = subprocess.run(tshark, capture_output=True, text=True, check=True).stdout.split()
+        assert pings == ["10.0.2.15", "10.0.2.2"], "of the twin, whatever its parent sent"
     resume = [sys.executable, "-m", "avmm.cli", "resume", str(bundle), "--timeout", "60"]
     done = subprocess.run(resume, input=b"echo it is $((40 + 2)); poweroff -f\n", capture_output=True, timeout=100)
     assert b"it is 42" in done.stdout, done.stderr
@@ -176,6 +189,67 @@ def test_attach_gives_a_console_at_the_failing_moment(debian: Fetched, tmp_path:
         while b"1 failed" not in seen:
             assert select.select([terminal], [], [], 60)[0], seen
             seen += os.read(terminal, 4096)
+    finally:
+        os.close(terminal)
+        os.waitpid(child, 0)
+
+
+async def test_a_bundle_names_the_kernel_s_symbol(debian: Fetched, tmp_path: Path) -> None:
+    """By the System.map beside the kernel, wherever the kernel has gone to (KASLR); without one by what a twin says."""
+    kernel = tmp_path / "vmlinuz-it"
+    shutil.copy(debian.kernel, kernel)
+    async with avmm.boot(kernel, debian.initrd) as vm, asyncio.timeout(200):
+        await vm.console.expect(READY)
+        text = (await vm.get("/proc/kallsyms")).decode()
+        symbols = [
+            (int(line.split()[0], 16), line.split()[2]) for line in text.splitlines() if line.split()[1] in "tTwW"
+        ]
+        for moved in (0, 0x123000):
+            if moved:
+                lines = (f"{address - moved:016x} T {name}\n" for address, name in symbols)
+                (tmp_path / "System.map-it").write_text("".join(lines))
+            while True:  # until it is caught in the kernel, where it sleeps
+                bundle = await write_bundle(vm, tmp_path / "kept", "it")
+                said = (bundle / "registers.txt").read_text()
+                found = re.search(r"EL1\n  pc ([0-9a-f]{16})  (.*)\+0x([0-9a-f]+)\n", said)
+                assert found or "EL0" in said, said
+                if found:
+                    break
+            start = int(found[1], 16) - int(found[3], 16)
+            assert start == max(address for address, _ in symbols if address <= int(found[1], 16))
+            assert (start, found[2]) in symbols
+
+
+def test_breakpoint_on_a_terminal(debian: Fetched, tmp_path: Path) -> None:
+    """The debugger has the terminal as before the guest, which stands still meanwhile and goes on."""
+    (tmp_path / "test_it.py").write_text("""
+async def test_it(vm):
+    process = await vm.popen("sh", "-c", "while :; do :; done")
+    assert (await vm.run("true")).ok
+    breakpoint()
+    assert (await vm.run("true", timeout=30)).ok
+""")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nasyncio_mode = auto\n")
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(tmp_path)
+        argv = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "--avmm-attach"]
+        os.execv(sys.executable, [*argv, "--avmm-artifacts", ""])
+    before = termios.tcgetattr(terminal)
+    exits = "vm.counters()['exits']"
+    look = f"!import time; time.sleep(0.2); a = {exits}; time.sleep(0.5); print('HE' + 'LD', {exits} == a)\r"
+    seen = b""
+    try:
+        for text, answer in ((b"(Pdb) ", look.encode()), (b"HELD True", b""), (b"(Pdb) ", b"c\r"), (b"1 passed", b"")):
+            while text not in seen:
+                assert select.select([terminal], [], [], 120)[0], seen
+                seen += os.read(terminal, 4096)
+            if text == b"(Pdb) ":  # where readline takes what is typed: not raw, as for a guest's console
+                _, oflag, _, lflag = termios.tcgetattr(terminal)[:4]
+                assert (oflag, lflag & termios.ISIG) == (before[1], termios.ISIG)
+            seen = seen.partition(text)[2]
+            os.write(terminal, answer)
+        assert termios.tcgetattr(terminal)[:4] == before[:4]
     finally:
         os.close(terminal)
         os.waitpid(child, 0)
