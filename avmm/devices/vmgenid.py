@@ -1,8 +1,8 @@
 """The VM generation ID: 16 bytes of memory that are new in each twin, and an interrupt that says so.
 
 A Linux guest from 6.10 on reseeds its random number generator then (drivers/virt/vmgenid.c, and its device-tree binding
-microsoft,vmgenid). Older ones do not look: there avmm's agent reseeds it before the first command, and without the agent
-it has new numbers with the next reseeding, within a minute.
+microsoft,vmgenid). Older ones do not look: there avmm's agent reseeds it before the first command, and without the
+agent it has new numbers with the next reseeding, within a minute.
 """
 
 from __future__ import annotations
