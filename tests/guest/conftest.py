@@ -88,12 +88,6 @@ def booted_only(reason: str) -> pytest.MarkDecorator:
 long_restored = pytest.mark.long_restored
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Declare the two."""
-    config.addinivalue_line("markers", "booted_only(reason): not with a VM that was restored from a snapshot")
-    config.addinivalue_line("markers", "long_restored: with a restored VM only with --soak")
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Tests of the command line and of the plugin, which are no coroutines, have VMs in processes of their own."""
     if "life" in metafunc.fixturenames and inspect.iscoroutinefunction(metafunc.function):
