@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,10 +26,7 @@ from avmm.attachments.agent import AgentAttachment
 from avmm.attachments.base import Attachment
 from avmm.attachments.net import NetAttachment
 from avmm.backends.serial import SerialLine
-from avmm.board import Board, id_page
-from avmm.bootloader.loader import ENTROPY_SIZE, Entry, load_linux
-from avmm.bootloader.machine import GICD_BASE, GICR_BASE, PL011, RAM_BASE
-from avmm.clock import Clock, DeadlineTimers
+from avmm.clock import DeadlineTimers
 from avmm.config import (
     DriveLike,
     NetLike,
@@ -39,7 +35,7 @@ from avmm.config import (
     VmConfig,
     VsockConfig,
 )
-from avmm.describe import check_capabilities, read_images
+from avmm.describe import read_images
 from avmm.equipment import Equipment
 from avmm.errors import AvmmError, ConfigError, GuestError, GuestGone, GuestPanic
 from avmm.faults import Faults
@@ -48,19 +44,14 @@ from avmm.guest.exec import AgentExec, Commands, Exec
 from avmm.guest.panic import PanicWatch
 from avmm.guest.screen import Screen
 from avmm.guest.shell import ShellExec
-from avmm.hypervisor import Hypervisor, open_hypervisor
-from avmm.hypervisor.base import ExitKind, UartBatch
+from avmm.hardware import Hardware
 from avmm.log import log, recent
-from avmm.memory import GuestMemory, Region
+from avmm.memory import GuestMemory
 from avmm.monitor import Monitor
-from avmm.ram import LiveRam, Ram
-from avmm.snapshot.machine import Parts, restore_machine, save_machine
+from avmm.snapshot.machine import restore_machine, save_machine
 from avmm.snapshot.origin import Origin
-from avmm.trace import Trace
-from avmm.vcpu import sysregs
-from avmm.vcpu.loop import Event, VcpuLoop, create_all
+from avmm.vcpu.loop import Event
 from avmm.vcpu.loop import Outcome as VcpuOutcome
-from avmm.vcpu.psci import Psci
 from avmm.vcpu.state import VcpuState
 
 
@@ -101,26 +92,16 @@ class VirtualMachine(Commands, Equipment):
         self.console = Console(self._line, keep_output)
         self.console.listen(self._panic.feed)
         self._log = log.bind(kernel=os.fspath(config.kernel))
-        self._lock = threading.RLock()
-        self._clock = Clock()
         self._memory = GuestMemory()
-        self._ram: Ram | None = None
+        self._hardware: Hardware | None = None
         self._origin = origin
         self._images = None if origin is None else origin.images
         self._keep_output = keep_output
         self._stilling = asyncio.Lock()  # held by whoever pauses or resumes
         self._running = asyncio.Event()  # cleared while paused
         self._running.set()
-        self._hypervisor: Hypervisor | None = None
-        self._batch: UartBatch | None = None
-        self._board: Board | None = None
-        self._psci: Psci | None = None
-        self._vcpus: list[VcpuLoop] = []
-        self._fault_counts: dict[str, int] = {}  # of the engine that is gone
-        self._past_exits = [0] * len(ExitKind)  # of vCPUs before the last reset
         self._monitor = Monitor(self.stats, {"snapshot": self.snapshot}) if monitor else None
         self._trace_to = trace
-        self._trace: Trace | None = None
         self._loop = asyncio.get_running_loop()
         self._shell = ShellExec(self.console)  # where there is no agent
         self._stopping = asyncio.Event()
@@ -145,37 +126,28 @@ class VirtualMachine(Commands, Equipment):
         config, origin = self.config, self._origin
         if origin is None:
             await self._read_images()
-        if self._trace_to is not None:
-            self._trace = Trace(self._trace_to)
         timers = DeadlineTimers(asyncio.get_running_loop())
+        hardware = None
         try:
-            hypervisor = self._hypervisor = open_hypervisor(config.engine, config.faults)
-            check_capabilities(config, hypervisor)
-            if self._trace is None:  # which shows each exit
-                self._batch = hypervisor.batch_uart(PL011.base)
             attachments = attachments_of(config) if origin is None else origin.attachments
             await asyncio.to_thread(open_all, attachments)
             self._attachments = attachments
-            self._ram = Ram(config.memory, None if origin is None else origin.image)
-            for region in (Region(RAM_BASE, self._ram.buffer), id_page()):
-                self._memory.add(region)
-                hypervisor.map(region)
-            self._memory.on_host_write = hypervisor.host_wrote
-            self._memory.on_discard = self._discard
-            self._assemble(timers)
-            entry = None
+            image = None if origin is None else origin.image
+            hardware = Hardware(
+                config, attachments, self._line, self._memory, timers, image=image, trace=self._trace_to
+            )
+            self._hardware = hardware
             if origin is None:
-                entry = self._load()
+                self._load(hardware)
             else:
                 for each in self._all(AgentAttachment):
                     each.agent.renew = True
                 origin.check(config.cpus, config.memory)
-                await restore_machine(self._parts(), origin.state)
+                await restore_machine(hardware, self.console.transcript, self._panic, origin.state)
         except BaseException:
-            for vcpu in self._vcpus:
-                await vcpu.close()
+            if hardware is not None:
+                await hardware.abandon()
             timers.close()
-            self._release()
             await asyncio.to_thread(close_all, self._attachments)
             raise
         finally:
@@ -184,8 +156,8 @@ class VirtualMachine(Commands, Equipment):
                 origin.close()
         self._mark("engine ready")
         self.state = "running"
-        self._supervisor = asyncio.create_task(self._supervise(timers, entry))
-        self._log.info("vm.started", memory=config.memory, cpus=config.cpus, engine=hypervisor.capabilities.name)
+        self._supervisor = asyncio.create_task(self._supervise(hardware, timers))
+        self._log.info("vm.started", memory=config.memory, cpus=config.cpus, engine=hardware.capabilities.name)
 
     async def wait(self, *, timeout: float | None = None) -> Outcome:
         """Return when the VM has ended. Cancelling this does not stop it, nor does ``timeout``: seconds until this
@@ -223,10 +195,7 @@ class VirtualMachine(Commands, Equipment):
         self.state = "paused"
         self._running.clear()
         try:
-            await asyncio.gather(*(vcpu.pause() for vcpu in self._vcpus))
-            self._clock.stop()
-            if self._board is not None:
-                await self._board.pause()
+            await self._machine.pause()
         except BaseException:
             self._resume()
             raise
@@ -236,11 +205,13 @@ class VirtualMachine(Commands, Equipment):
         if self.state == "paused":
             self.state = "running"
         self._running.set()
-        if self._board is not None:
-            self._board.resume()
-        stood = self._clock.start()
-        for vcpu in self._vcpus:
-            vcpu.resume(stood)
+        self._machine.resume()
+
+    @property
+    def _machine(self) -> Hardware:
+        """The hardware of a VM that has been started."""
+        assert self._hardware is not None
+        return self._hardware
 
     # Twins.
 
@@ -259,8 +230,9 @@ class VirtualMachine(Commands, Equipment):
         if pcap is not None and not self.config.nets:
             raise ConfigError("a recording (pcap) takes a network, and this VM has none")
         async with self._still():
-            if not self._can_fork:
-                raise ConfigError(f"{self._engine} runs one VM in a process: fork with --engine softhv")
+            engine = self._machine.capabilities
+            if not engine.many_vms:
+                raise ConfigError(f"{engine.name} runs one VM in a process: fork with --engine softhv")
             origin = await self._capture()
         config = self.config
         if config.nets:  # of which the recordings are this VM's
@@ -282,22 +254,15 @@ class VirtualMachine(Commands, Equipment):
             await pause.enter_async_context(self._still())
             origin = await self._capture()
             try:
-                if self._can_fork:
+                engine = self._machine.capabilities
+                if engine.many_vms:
                     await pause.aclose()
-                config = replace(self.config, engine=self._engine) if self.config.engine == "auto" else self.config
+                config = replace(self.config, engine=engine.name) if self.config.engine == "auto" else self.config
                 from avmm.snapshot import store  # with a library that others need not wait for
 
                 await store.write(origin, config, Path(path))
             finally:
                 origin.close()
-
-    @property
-    def _engine(self) -> str:
-        return "" if self._hypervisor is None else self._hypervisor.capabilities.name
-
-    @property
-    def _can_fork(self) -> bool:
-        return self._hypervisor is not None and self._hypervisor.capabilities.many_vms
 
     @contextlib.asynccontextmanager
     async def _still(self) -> AsyncIterator[None]:
@@ -314,22 +279,17 @@ class VirtualMachine(Commands, Equipment):
 
     async def _capture(self) -> Origin:
         """The machine as it is, for another VM or a file. Paused."""
-        if self._outcome is not None or not all(vcpu.exists for vcpu in self._vcpus):
+        hardware = self._machine
+        if self._outcome is not None or not hardware.alive:
             raise GuestGone("the guest has ended, or is about to reset: there is nothing left of it")
-        assert self._ram is not None
-        state = await save_machine(self._parts())
+        state = await save_machine(hardware, self.console.transcript, self._panic)
         attachments: list[Attachment] = []
         try:
             attachments += (each.fork() for each in self._attachments)
-            memory = self._ram.freeze() if self._can_fork else LiveRam(self._ram.buffer)
-            return Origin(state, memory, attachments, self._images)
+            return Origin(state, hardware.ram(), attachments, self._images)
         except BaseException:
             close_all(attachments)
             raise
-
-    def _parts(self) -> Parts:
-        assert self._board is not None
-        return Parts(self._vcpus, self._board, self._clock, self._line, self.console.transcript, self._panic)
 
     @property
     def outcome(self) -> Outcome | None:
@@ -365,58 +325,34 @@ class VirtualMachine(Commands, Equipment):
 
     def hold_output(self, hold: bool) -> None:
         """While held, the guest's UART says that it cannot send: for a host that is slower than the guest."""
-        if self._board is not None:
-            self._board.uart.tx_blocked = hold
+        if self._hardware is not None:
+            self._hardware.board.uart.tx_blocked = hold
 
     def counters(self) -> dict[str, Any]:
-        """Plain numbers: ``exits`` by kind over all vCPUs, ``uart_batched``: accesses of the UART that needed none,
-        injected ``faults``, ``vcpus``: a dictionary each, and
-        ``guest_errors``: how often since its last reset the guest broke a virtio device's rules, by device."""
-        exits = list(self._past_exits)
-        for vcpu in self._vcpus:
-            for kind, count in enumerate(vcpu.counters.exits):
-                exits[kind] += count
-        return {
-            "exits": {kind.name.lower(): exits[kind] for kind in ExitKind},
-            "uart_batched": 0 if self._batch is None else self._batch.served(),
-            "vcpus": [vcpu.snapshot_counters() for vcpu in self._vcpus],
-            "guest_errors": {
-                slot.device.name: slot.guest_errors for slot in (self._board.virtio if self._board else [])
-            },
-            "faults": self._hypervisor.fault_counts() if self._hypervisor is not None else self._fault_counts,
-        }
+        """Plain numbers, none before the start: ``exits`` by kind over all vCPUs, ``uart_batched``: accesses of the
+        UART that needed none, injected ``faults``, ``vcpus``: a dictionary each, and ``guest_errors``: how often since
+        its last reset the guest broke a virtio device's rules, by device."""
+        return {} if self._hardware is None else self._hardware.counters()
 
     def stats(self) -> dict[str, Any]:
         """What ``avmm top`` shows, as plain data: the configuration, CPU times, counters, histograms. On the loop."""
-        hypervisor = self._hypervisor
+        hardware = self._hardware
         return {
             "name": os.path.basename(self.config.kernel),
             "state": self.state,
-            "engine": None if hypervisor is None else hypervisor.capabilities.name,
+            "engine": None if hardware is None else hardware.capabilities.name,
             "memory": self.config.memory,
             "cpu_ns": time.process_time_ns(),
             "loop_cpu_ns": time.thread_time_ns(),
-            "vcpus": [
-                {
-                    "mode": vcpu.mode.name.lower(),
-                    "cpu_ns": vcpu.cpu_ns,
-                    "parked_ns": vcpu.parking.stats.parked_ns,
-                    "counters": vcpu.snapshot_counters(),
-                    "wake_latency": list(vcpu.parking.stats.latency),
-                    "wake_latency_ns": vcpu.parking.stats.latency_ns,
-                    "timer_lateness": list(vcpu.parking.stats.lateness),
-                    "timer_lateness_ns": vcpu.parking.stats.lateness_ns,
-                }
-                for vcpu in self._vcpus
-            ],
+            "vcpus": [] if hardware is None else hardware.stats(),
         }
 
     async def registers(self) -> list[VcpuState]:
         """Each vCPU's registers now; the VM stands still for a moment. Raises GuestGone when it has ended."""
         async with self._still():
-            if self._outcome is not None or not all(vcpu.exists for vcpu in self._vcpus):
+            if self._outcome is not None or not self._machine.alive:
                 raise GuestGone("the VM has ended, and has no registers any more")
-            return list(await asyncio.gather(*(vcpu.save() for vcpu in self._vcpus)))
+            return await self._machine.registers()
 
     def describe_state(self) -> dict[str, Any]:
         """What there is to know of the VM besides its vCPUs and memory, as plain data: for people to read."""
@@ -428,82 +364,40 @@ class VirtualMachine(Commands, Equipment):
             "config": repr(self.config),
             "timeline": self.timeline,
             "counters": self.counters(),
-            "devices": [slot.describe() for slot in (self._board.virtio if self._board else [])],
+            "devices": [] if self._hardware is None else [each.describe() for each in self._hardware.board.virtio],
             "log": list(recent),
         }
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """The vCPUs come to rest at their next exit while the block, which awaits nothing, runs. Time goes on."""
-        with self._lock:  # which they need for whatever they come out for: a tick, at the latest
+        lock = contextlib.nullcontext() if self._hardware is None else self._hardware.lock
+        with lock:  # which they need for whatever they come out for: a tick, at the latest
             yield
 
     # The machine between power-on and reset.
-
-    def _assemble(self, timers: DeadlineTimers) -> None:
-        """A board and vCPUs fresh from reset."""
-        assert self._hypervisor is not None
-        cpus = self.config.cpus
-        if self._board is not None:
-            self._board.close()
-        devices = [each.device() for each in self._attachments]
-        irqchip = self._hypervisor.gic(GICD_BASE, GICR_BASE) if self.config.irqchip == "hypervisor" else None
-        board = self._board = Board(self._lock, cpus, self._line, self._memory, devices, self._batch, irqchip)
-        self._line.collect = board.uart.collect
-        self._psci = Psci(self._is_ram)
-        for kind in ExitKind:
-            self._past_exits[kind] += sum(vcpu.counters.exits[kind] for vcpu in self._vcpus)
-        self._vcpus = [
-            VcpuLoop(
-                index,
-                hypervisor=self._hypervisor,
-                bus=board.bus,
-                irqchip=board.irqchip,
-                psci=self._psci,
-                clock=self._clock,
-                timers=timers,
-                lock=self._lock,
-                halt_poll=self.config.halt_poll,
-            )
-            for index in range(cpus)
-        ]
-        if self._trace is not None:
-            for vcpu in self._vcpus:
-                self._trace.attach(vcpu, board.bus)
 
     async def _read_images(self) -> None:
         if self._images is None:  # reading and unpacking take a while: not on the event loop
             self._images = await asyncio.to_thread(read_images, self.config)
 
-    def _load(self) -> Entry:
-        """The images into memory, for a machine fresh from reset."""
-        assert self._board is not None
+    def _load(self, hardware: Hardware) -> None:
         assert self._images is not None
-        self._board.generation.renew(tell=False)
-        kernel, initrd = self._images
-        return load_linux(
-            self._memory,
-            kernel,
-            initrd,
-            cmdline=self.config.bootargs,
-            cpus=[sysregs.mpidr(index) for index in range(self.config.cpus)],
-            devices=self._board.nodes(),
-            entropy=os.urandom(ENTROPY_SIZE),
-        )
+        hardware.load(*self._images)
 
-    async def _supervise(self, timers: DeadlineTimers, entry: Entry | None) -> None:
+    async def _supervise(self, hardware: Hardware, timers: DeadlineTimers) -> None:
         outcome = Outcome("stopped")
         monitoring = None if self._monitor is None else asyncio.create_task(self._monitor.run())
         try:
             while True:
-                outcome = self._judge(await self._run(entry))
+                outcome = self._judge(await self._run(hardware))
                 if outcome.reason != "reset" or not self.config.reboot or self._stopping.is_set():
                     break
                 self._log.info("vm.rebooting")
                 await self._running.wait()
                 await self._read_images()
-                self._assemble(timers)
-                entry = self._load()
+                hardware.reset()
+                self._load(hardware)
         except AvmmError as error:
             outcome = Outcome("fault", error)
         finally:
@@ -512,7 +406,7 @@ class VirtualMachine(Commands, Equipment):
             self.state = "stopped"
             self._outcome = outcome
             timers.close()
-            self._release()
+            hardware.close()
             try:
                 await asyncio.to_thread(close_all, self._attachments)
             except AvmmError as error:
@@ -526,31 +420,18 @@ class VirtualMachine(Commands, Equipment):
                 await cancel(monitoring)
             self._log.info("vm.ended", reason=outcome.reason, error=str(outcome.error or ""))
 
-    async def _run(self, entry: Entry | None) -> VcpuOutcome:
-        """From power-on until a vCPU reports an end, or :meth:`stop`; leaves no task and no thread.
-
-        Without ``entry`` the vCPUs go on from where they are.
-        """
-        board, psci = self._board, self._psci
-        assert board is not None
-        assert psci is not None
-        if board.irqchip.inside:
-            await create_all(self._vcpus)
+    async def _run(self, hardware: Hardware) -> VcpuOutcome:
+        """From where the vCPUs are until one reports an end, or :meth:`stop`; leaves no task and no thread."""
+        await hardware.prepare()
         async with asyncio.TaskGroup() as tasks:
-            coroutines = board.coroutines()
-            if self._trace is not None:
-                coroutines = [self._trace.work(coroutine) for coroutine in coroutines]
-            coroutines += [each.run() for each in self._attachments]
+            coroutines = hardware.work() + [each.run() for each in self._attachments]
             work = [tasks.create_task(coroutine) for coroutine in coroutines]
-            if entry is not None:
-                with self._lock:
-                    psci.power_on(0, entry.pc, entry.x0)
             self._mark("first instruction")
-            runs = [tasks.create_task(vcpu.report()) for vcpu in self._vcpus]
+            runs = [tasks.create_task(vcpu.report()) for vcpu in hardware.vcpus]
             stopping = tasks.create_task(self._stopping.wait())
             done, _ = await asyncio.wait((*runs, stopping), return_when=asyncio.FIRST_COMPLETED)
             ended = [task.result() for task in runs if task in done]
-            for vcpu in self._vcpus:
+            for vcpu in hardware.vcpus:
                 await vcpu.stop()
             await asyncio.wait(runs)
             await cancel(stopping, *work)
@@ -563,22 +444,6 @@ class VirtualMachine(Commands, Equipment):
             return Outcome("fault", ended.error)
         return Outcome({Event.POWER_OFF: "power-off", Event.RESET: "reset"}.get(ended.event, "stopped"))
 
-    def _release(self) -> None:
-        """Give everything back that a VM holds outside Python."""
-        if self._board is not None:
-            self._board.close()
-        self._memory.on_host_write = lambda gpa, length: None
-        self._memory.on_discard = lambda region, offset, length: None
-        hypervisor, self._hypervisor = self._hypervisor, None
-        if hypervisor is not None:
-            self._fault_counts = hypervisor.fault_counts()
-            hypervisor.close()
-        self._memory.close()
-        if self._ram is not None:
-            self._ram.close()
-        if self._trace is not None:
-            self._trace.close()
-
     # Small things.
 
     def _printed(self, data: bytes) -> None:
@@ -588,13 +453,6 @@ class VirtualMachine(Commands, Equipment):
     def _guest_is_dead(self) -> None:
         """The kernel has panicked and stays down: nothing more will come of it."""
         self._stopping.set()
-
-    def _discard(self, region: Region, offset: int, length: int) -> None:
-        if self._ram is not None and region.buffer is self._ram.buffer:
-            self._ram.discard(offset, length)
-
-    def _is_ram(self, address: int) -> bool:
-        return any(region.base <= address < region.base + region.size for region in self._memory.regions)
 
     def _mark(self, name: str) -> None:
         self.timeline.setdefault(name, time.monotonic())

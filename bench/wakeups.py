@@ -111,8 +111,8 @@ class Mailbox:
 
 def connect(vm) -> Mailbox:
     """A mailbox on the VM's bus; before the guest runs."""
-    mailbox = Mailbox(vm._board.gic.spi(SPI), vm._clock)
-    vm._board.bus.add(MAILBOX, 0x1000, mailbox, "mailbox")
+    mailbox = Mailbox(vm._machine.board.gic.spi(SPI), vm._machine.clock)
+    vm._machine.board.bus.add(MAILBOX, 0x1000, mailbox, "mailbox")
     return mailbox
 
 

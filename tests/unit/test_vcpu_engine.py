@@ -64,7 +64,7 @@ def scramble(vcpu: Vcpu) -> None:
 
 async def test_guest_goes_on_from_its_saved_state() -> None:
     async with avmm.boot(IMAGES / "timer_wfi.bin", memory="64M", append="n=100") as vm:
-        (vcpu,) = vm._vcpus
+        (vcpu,) = vm._machine.vcpus
         modes = set()
         for tick in range(20, 60):
             while vcpu.counters.exits[ExitKind.WFI] < tick:  # a counter has no event to wait for
@@ -87,7 +87,7 @@ async def test_another_version_is_refused() -> None:
     async with avmm.boot(IMAGES / "timer_wfi.bin", memory="64M") as vm:
         await vm.console.expect(rb"cntfrq", timeout=60)
         await vm.pause()
-        (vcpu,) = vm._vcpus
+        (vcpu,) = vm._machine.vcpus
         state = await vcpu.save()
         with pytest.raises(avmm.ConfigError, match="version 2"):
             await vcpu.restore(replace(state, version=2))
