@@ -70,7 +70,7 @@ async def measure(number: int, seconds: float, linux: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-n", type=int, nargs="+", default=[1, 10, 100])
+    parser.add_argument("-n", type=int, nargs="+", default=[1, 10, 100], help="VMs")
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--linux", action="store_true")
     args = parser.parse_args()

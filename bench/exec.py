@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """A command in the guest and its answer, files in and out: avmm's agent beside a shell on QEMU's serial line.
 
-python bench/exec.py [-n COMMANDS] [-s MIB]
+python bench/exec.py [-n COMMANDS] [--size 128]
 """
 
 from __future__ import annotations
@@ -73,20 +72,20 @@ def theirs(commands: int) -> list[float]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-n", type=int, default=200, help="commands (default 200)")
-    parser.add_argument("-s", type=int, default=128, help="size of the file in MiB (default 128)")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-n", type=int, default=200, help="commands")
+    parser.add_argument("--size", type=int, default=128, help="MiB of the file")
     options = parser.parse_args()
     require_qemu()
     headline(f"a command and its answer, and copies; {CMDLINE}")
-    times, put, got = asyncio.run(ours(options.n, options.s))
+    times, put, got = asyncio.run(ours(options.n, options.size))
     shell = theirs(options.n)
     for name, values in (("avmm, vm.run('true')", times), ("QEMU, serial shell, /bin/true", shell)):
         values.sort()
         print(f"{name:32s} median {statistics.median(values) * 1e3:6.2f} ms   "
               f"p99 {values[len(values) * 99 // 100] * 1e3:6.2f} ms   n={len(values)}")  # fmt: skip
     print(f"ratio avmm/QEMU: {statistics.median(times) / statistics.median(shell):.3f}")
-    print(f"a file of {options.s} MiB: in {put:.0f} MB/s, out {got:.0f} MB/s")
+    print(f"a file of {options.size} MiB: in {put:.0f} MB/s, out {got:.0f} MB/s")
 
 
 if __name__ == "__main__":

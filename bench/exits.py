@@ -1,6 +1,6 @@
 """What a served exit costs: the bare-metal guest ``exits``, on avmm and on QEMU TCG in turn.
 
-    python bench/exits.py [-n RUNS]
+python bench/exits.py [-n RUNS]
 
 Figures are microseconds for one exit: the guest's own median over chunks of exits, less the empty loop's.
 """
@@ -38,7 +38,7 @@ def run(argv: list[str]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-n", type=int, default=5)
+    parser.add_argument("-n", type=int, default=5, help="runs of each")
     args = parser.parse_args()
     require_qemu()
     headline("cost of a served exit, microseconds")

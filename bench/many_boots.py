@@ -17,7 +17,7 @@ SCRIPT = b"echo $((6*7)) is the answer\npoweroff -f\n"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-n", type=int, default=100)
+    parser.add_argument("-n", type=int, default=100, help="boots")
     parser.add_argument("-c", "--cpus", type=int, default=1)
     args = parser.parse_args()
     fetched = guest()

@@ -1,6 +1,6 @@
 """The user-mode network: iperf3 up and down, connections a second, request latency, beside QEMU's `-netdev user`.
 
-python bench/network.py [-n RUNS] [-t SECONDS] [-c CPUS]
+python bench/network.py [-n RUNS] [--seconds 4] [-c CPUS]
 
 The guest is the client; iperf3 and an HTTP server run on this host, on its loopback.
 """
@@ -113,7 +113,7 @@ def measure(argv: list[str], bulk: int, web: int, seconds: int) -> dict[str, flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-n", type=int, default=3, help="runs of each")
-    parser.add_argument("-t", type=int, default=4, help="seconds of each iperf3")
+    parser.add_argument("--seconds", type=int, default=4, help="of each iperf3")
     parser.add_argument("-c", "--cpus", type=int, default=1)
     args = parser.parse_args()
     require_qemu()
@@ -131,7 +131,9 @@ def main() -> None:
     theirs[at : at + 2] = []
     headline(f"user-mode network: {fetched.version}, {args.cpus} vCPU")
     with servers() as (bulk, web):
-        runs = [(measure(ours, bulk, web, args.t), measure(theirs, bulk, web, args.t)) for _ in range(args.n)]
+        runs = [
+            (measure(ours, bulk, web, args.seconds), measure(theirs, bulk, web, args.seconds)) for _ in range(args.n)
+        ]
     for name, unit in FIGURES.items():
         a = statistics.median(run[0][name] for run in runs)
         b = statistics.median(run[1][name] for run in runs)

@@ -1,6 +1,6 @@
 """vCPUs side by side: two jobs at once, a storm of processes, shoot-downs and interrupts between vCPUs; beside QEMU.
 
-python bench/parallel.py [-n RUNS] [--cpus N] [--engine NAME]
+python bench/parallel.py [-n RUNS] [-c CPUS] [--engine NAME]
 
 The peer is QEMU with -smp N and its multi-threaded TCG. Work in the guest is in seconds of wall time, what a
 firmware guest measures in microseconds.
@@ -98,7 +98,7 @@ def firmware_there(name: str) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-n", type=int, default=3, help="counted runs of each")
-    parser.add_argument("--cpus", type=int, default=2)
+    parser.add_argument("-c", "--cpus", type=int, default=2)
     parser.add_argument("--engine", default="auto", help="avmm's")
     args = parser.parse_args()
     require_qemu()

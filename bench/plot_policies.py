@@ -5,18 +5,21 @@ python bench/plot_policies.py FIGURES.json PLOT.svg     (needs matplotlib)
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
-from matplotlib import pyplot
-
 
 def plot(rows: list[dict], path: str) -> None:
     """Idle CPU of each policy, by number of vCPUs; a second panel has the guest's timer lateness."""
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("the plot needs matplotlib: pip install matplotlib")
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
     names = list(dict.fromkeys(row["policy"] for row in rows))
     kinds = list(dict.fromkeys((row["cpus"], row["engine"]) for row in rows))
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True)
@@ -45,5 +48,13 @@ def plot(rows: list[dict], path: str) -> None:
     figure.savefig(Path(path).with_suffix(".png"), dpi=130)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("figures", metavar="FIGURES.json")
+    parser.add_argument("plot", metavar="PLOT.svg")
+    args = parser.parse_args()
+    plot(json.loads(Path(args.figures).read_text()), args.plot)
+
+
 if __name__ == "__main__":
-    plot(json.loads(Path(sys.argv[1]).read_text()), sys.argv[2])
+    main()

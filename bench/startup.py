@@ -24,7 +24,7 @@ COMMANDS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-n", type=int, default=21)
+    parser.add_argument("-n", type=int, default=21, help="runs of each")
     args = parser.parse_args()
     headline("start-up, whole process, wall time")
     times: dict[str, list[float]] = {name: [] for name in COMMANDS}

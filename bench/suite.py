@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """A suite of one-line tests: avmm's `vm` fixture (a fork for each) beside a QEMU for each, and one QEMU for all.
 
 python bench/suite.py [-n TESTS] [--boots BOOTS]
@@ -97,8 +96,8 @@ def one_test(shell: Shell) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-n", type=int, default=100, help="tests (default 100)")
-    parser.add_argument("--boots", type=int, default=5, help="QEMU boots that are timed (default 5)")
+    parser.add_argument("-n", type=int, default=100, help="tests")
+    parser.add_argument("--boots", type=int, default=5, help="QEMU boots that are timed")
     options = parser.parse_args()
     require_qemu()
     headline(f"a suite of {options.n} one-line tests")

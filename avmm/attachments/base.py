@@ -24,7 +24,7 @@ class Attachment:
 
     def device(self) -> VirtioDevice:
         """A device fresh from power-on, for a new board; the one before is gone."""
-        raise NotImplementedError(type(self).__name__)
+        raise NotImplementedError(f"a {type(self).__name__} says what its device is")
 
     async def run(self) -> None:
         """The host side's work while the machine is on, beside the device's; cancelled at its reset or end."""

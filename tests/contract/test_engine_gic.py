@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -63,7 +64,7 @@ class Both:
         self.hypervisor.map(self.region)
         self.chip: IrqChip = self.hypervisor.gic(GICD, GICR)
         self.threads = [ThreadPoolExecutor(1) for _ in range(2)]
-        self.vcpus = [self.on(index, lambda i=index: self._vcpu(i)) for index in range(2)]  # type: ignore[misc]
+        self.vcpus = [self.on(index, partial(self._vcpu, index)) for index in range(2)]
         self.ours = Gicv3(threading.RLock(), 2)
         for index in range(2):
             self.ours.connect(index, 0x8000_0000 | index, Sink())

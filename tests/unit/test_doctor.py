@@ -57,7 +57,7 @@ def test_bad_usage(tmp_path: Path) -> None:
 
 
 def test_the_report_does_not_name_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host.sys, "executable", f"{tmp_path}/venv/bin/python")  # type: ignore[attr-defined]
+    monkeypatch.setattr("sys.executable", f"{tmp_path}/venv/bin/python")
     monkeypatch.setattr(Path, "home", classmethod(lambda cls: tmp_path))
     monkeypatch.setattr(probes, "PROBES", {})
     assert main(["doctor", "--output", str(tmp_path / "report.json")]) == 0

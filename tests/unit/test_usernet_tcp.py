@@ -160,7 +160,7 @@ def exchange(world: World, up: bytes, down: bytes, **peer: int | None) -> tuple[
     server = Peer(world.host, down, **peer)  # type: ignore[arg-type]  # the tests give what it takes
     world.peers.append(server)
     world.host.serve = lambda connection: server
-    client = Peer(world.guest, up, **peer)  # type: ignore[arg-type]
+    client = Peer(world.guest, up, **peer)  # type: ignore[arg-type]  # as above
     world.connect(client)
     world.run(lambda: client.over is not None and server.over is not None)
     assert bytes(server.got) == up
@@ -232,7 +232,7 @@ def test_zero_window_and_its_lost_opening() -> None:
 def test_half_close() -> None:
     world = World()
     server = Peer(world.host, b"answer" * 1000)
-    hold, server.room = server.room, lambda: None  # type: ignore[method-assign]
+    hold, server.room = server.room, lambda: None  # type: ignore[method-assign]  # deaf for a while
     world.host.serve = lambda connection: server
     client = Peer(world.guest, b"question")
     world.connect(client)
@@ -251,7 +251,7 @@ def test_refused_and_reset() -> None:
     world.run(lambda: client.over is not None)
     assert client.over is True
     server = Peer(world.host, b"")
-    server.room = lambda: None  # type: ignore[method-assign]
+    server.room = lambda: None  # type: ignore[method-assign]  # deaf
     world.host.serve = lambda connection: server
     second = Peer(world.guest, b"y")
     world.connect(second, local=40001)
@@ -298,10 +298,10 @@ def test_a_repeated_syn_is_answered_after_other_answers() -> None:
 def test_pieces_that_overlap_are_not_hoarded() -> None:
     world = World()
     server = Peer(world.host, b"")
-    server.room = lambda: None  # type: ignore[method-assign]
+    server.room = lambda: None  # type: ignore[method-assign]  # deaf
     world.host.serve = lambda connection: server
     client = Peer(world.guest, b"x")
-    client.room = lambda: None  # type: ignore[method-assign]
+    client.room = lambda: None  # type: ignore[method-assign]  # deaf
     world.connect(client)
     world.run(lambda: server.connection is not None and server.connection.state is State.OPEN)
     connection = server.connection
@@ -318,7 +318,7 @@ def test_a_peer_that_is_gone_is_given_up() -> None:
     server = Peer(world.host, bytes(10))
     world.host.serve = lambda connection: server
     client = Peer(world.guest, b"")
-    client.room = lambda: None  # type: ignore[method-assign]
+    client.room = lambda: None  # type: ignore[method-assign]  # deaf
     world.connect(client)
     world.run(lambda: client.connection is not None and client.connection.state is State.OPEN)
     world.loss = 1.0
