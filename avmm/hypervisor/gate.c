@@ -13,13 +13,13 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
-#include <time.h>
 #ifdef __APPLE__
 #include <Hypervisor/Hypervisor.h>
 #else
 #include "hv.h"
 #endif
 #include "frame.h"
+#include "wait.h"
 
 enum {
     POLL_FIRST_NS = 10000,   /* the first poll of a series */
@@ -35,45 +35,18 @@ struct avmm_gate {
     _Atomic uint32_t state; /* AVMM_GATE_* */
     bool waiting;           /* asleep in `opened` */
     bool stirred;
-    int waker;              /* the processor of who opened or stirred last */
-    bool together;          /* whom that woke found itself on the same one */
+    _Atomic int waker;      /* the processor of who opened or stirred last */
+    _Atomic bool together;  /* and who was woken by that found itself on the same one */
     uint64_t poll_ns, poll_most_ns; /* a wake within the latter is soon */
     uint64_t early_ns;
 };
 
+uint64_t avmm_monotonic_ns(void) { return monotonic_ns(); }
+
 #ifdef __APPLE__
-uint64_t avmm_monotonic_ns(void) { return clock_gettime_nsec_np(CLOCK_UPTIME_RAW); } /* Python's time.monotonic_ns() */
-
-static void cond_init(pthread_cond_t *cond) { pthread_cond_init(cond, NULL); }
-
 static int processor(void) { return NOWHERE; } /* no call for it; there are several */
-
-static void cond_wait_until(pthread_cond_t *cond, pthread_mutex_t *lock, uint64_t until) {
-    uint64_t now = avmm_monotonic_ns(), left = until > now ? until - now : 0;
-    struct timespec relative = {(time_t)(left / 1000000000), (long)(left % 1000000000)};
-    pthread_cond_timedwait_relative_np(cond, lock, &relative);
-}
 #else
-uint64_t avmm_monotonic_ns(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
-}
-
-static void cond_init(pthread_cond_t *cond) {
-    pthread_condattr_t attributes;
-    pthread_condattr_init(&attributes);
-    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
-    pthread_cond_init(cond, &attributes);
-    pthread_condattr_destroy(&attributes);
-}
-
 static int processor(void) { return sched_getcpu(); }
-
-static void cond_wait_until(pthread_cond_t *cond, pthread_mutex_t *lock, uint64_t until) {
-    struct timespec absolute = {(time_t)(until / 1000000000), (long)(until % 1000000000)};
-    pthread_cond_timedwait(cond, lock, &absolute);
-}
 #endif
 
 static void relax(void) {
@@ -106,9 +79,9 @@ void avmm_gate_set_poll(avmm_gate_t *gate, uint64_t most_ns) {
 
 void avmm_gate_open(avmm_gate_t *gate, uint32_t how) {
     pthread_mutex_lock(&gate->lock);
+    gate->waker = processor();
     atomic_store(&gate->state, how);
     bool waiting = gate->waiting;
-    gate->waker = processor();
     pthread_mutex_unlock(&gate->lock); /* first, so that who wakes does not wait for it */
     if (waiting)
         pthread_cond_signal(&gate->opened);
@@ -131,31 +104,35 @@ static bool is_shut(avmm_gate_t *gate) {
     return atomic_load_explicit(&gate->state, memory_order_acquire) == AVMM_GATE_SHUT;
 }
 
+static void look_at_waker(avmm_gate_t *gate) {
+    gate->together = gate->waker != NOWHERE && gate->waker == processor();
+}
+
 static void await_awake(avmm_gate_t *gate, uint64_t until) {
-    while (is_shut(gate) && avmm_monotonic_ns() < until)
+    while (is_shut(gate) && monotonic_ns() < until)
         relax();
 }
 
 static void await_asleep(avmm_gate_t *gate, uint64_t until) {
     uint64_t now = 0;
-    while (is_shut(gate) && (now = avmm_monotonic_ns()) < until) {
+    while (is_shut(gate) && (now = monotonic_ns()) < until) {
         pthread_mutex_lock(&gate->lock);
         gate->stirred = false;
         gate->waiting = true;
-        while (is_shut(gate) && !gate->stirred && avmm_monotonic_ns() < until)
+        while (is_shut(gate) && !gate->stirred && monotonic_ns() < until)
             cond_wait_until(&gate->opened, &gate->lock, until);
         gate->waiting = false;
         bool stirred = gate->stirred;
         if (stirred || !is_shut(gate))
-            gate->together = gate->waker != NOWHERE && gate->waker == processor();
+            look_at_waker(gate);
         pthread_mutex_unlock(&gate->lock);
-        for (uint64_t end = avmm_monotonic_ns() + STIRRED_NS; stirred && is_shut(gate) && avmm_monotonic_ns() < end;)
+        for (uint64_t end = monotonic_ns() + STIRRED_NS; stirred && is_shut(gate) && monotonic_ns() < end;)
             sched_yield(); /* whoever stirred us may have been on this very processor */
     }
 }
 
 static void adapt_poll(avmm_gate_t *gate, uint64_t slept_ns) {
-    if (slept_ns > gate->poll_most_ns)
+    if (slept_ns > gate->poll_most_ns || gate->together) /* a poll beside the waker keeps it from waking us */
         gate->poll_ns = 0;
     else if (slept_ns > gate->poll_ns) { /* a longer poll would have caught it */
         uint64_t longer = gate->poll_ns ? 2 * gate->poll_ns : POLL_FIRST_NS;
@@ -164,14 +141,17 @@ static void adapt_poll(avmm_gate_t *gate, uint64_t slept_ns) {
 }
 
 uint32_t avmm_gate_sleep(avmm_gate_t *gate, uint64_t until, bool exact) {
-    uint64_t began = avmm_monotonic_ns(), poll_end = began + gate->poll_ns;
-    if (gate->poll_ns)
+    uint64_t began = monotonic_ns(), poll_end = began + gate->poll_ns;
+    if (gate->poll_ns) {
         await_awake(gate, poll_end < until ? poll_end : until);
+        if (!is_shut(gate))
+            look_at_waker(gate);
+    }
     uint64_t asleep_until = exact ? until - gate->early_ns : until;
-    if (is_shut(gate) && avmm_monotonic_ns() < asleep_until) {
+    if (is_shut(gate) && monotonic_ns() < asleep_until) {
         await_asleep(gate, asleep_until);
         if (exact && is_shut(gate)) {
-            bool late = avmm_monotonic_ns() > until;
+            bool late = monotonic_ns() > until;
             if (late && gate->early_ns < EARLY_MOST_NS)
                 gate->early_ns += EARLY_STEP_NS;
             else if (!late && gate->early_ns)
@@ -180,6 +160,6 @@ uint32_t avmm_gate_sleep(avmm_gate_t *gate, uint64_t until, bool exact) {
     }
     if (exact)
         await_awake(gate, until);
-    adapt_poll(gate, avmm_monotonic_ns() - began);
+    adapt_poll(gate, monotonic_ns() - began);
     return atomic_exchange(&gate->state, AVMM_GATE_SHUT);
 }

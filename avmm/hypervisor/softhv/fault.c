@@ -1,8 +1,8 @@
 /* Misbehaviour on demand: what a hypervisor may do to its user, at any rate, the same for the same seed. */
 #define _GNU_SOURCE
+#include "../wait.h"
 #include "engine.h"
 
-#include <errno.h>
 #include <stdlib.h>
 #include <time.h>
 
@@ -67,9 +67,10 @@ static void sleep_with_host(struct faults *f) {
     if (now < start || now >= end)
         return;
     COUNT(f, host_sleeps);
-    struct timespec until = {.tv_sec = (time_t)(end / 1000000000), .tv_nsec = (long)(end % 1000000000)};
-    while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, NULL) == EINTR)
-        ;
+    for (; now < end; now = host_ns()) {
+        struct timespec left = {.tv_sec = (time_t)((end - now) / 1000000000), .tv_nsec = (long)((end - now) % 1000000000)};
+        nanosleep(&left, NULL);
+    }
 }
 
 static void deliver_late_kick(struct vcpu *c) {
@@ -163,12 +164,10 @@ static bool sleep_inside(struct vcpu *c) {
             uint64_t timer = now + ticks_to_ns(c, c->sys.cntv_cval - counter) + 1;
             until = until && until < timer ? until : timer;
         }
-        if (until) {
-            struct timespec deadline = {.tv_sec = (time_t)(until / 1000000000), .tv_nsec = (long)(until % 1000000000)};
-            pthread_cond_clockwait(&c->my_turn, &vm->lock, CLOCK_MONOTONIC, &deadline);
-        } else {
+        if (until)
+            cond_wait_until(&c->my_turn, &vm->lock, until);
+        else
             pthread_cond_wait(&c->my_turn, &vm->lock);
-        }
     }
     c->waiting = false;
     pthread_mutex_unlock(&vm->lock);

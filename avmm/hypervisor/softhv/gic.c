@@ -8,10 +8,10 @@
  * One lock. Under it no other is taken; handles_lock and vm->lock may be held when it is.
  */
 #define _GNU_SOURCE
+#include "../wait.h"
 #include "engine.h"
 
 #include <stdlib.h>
-#include <time.h>
 
 enum { INTIDS = 256, WORDS = INTIDS / 32, PRIVATE = 32, SPURIOUS = 1023, VTIMER = 27 };
 enum { PRIORITY_MASK = 0xf8, IDLE_PRIORITY = 0xff };
@@ -423,9 +423,7 @@ bool gic_wait(struct vcpu *c) {
         if ((c->sys.cntv_ctl & 3) == 1 && !cpu->timer) {
             uint64_t counter = guest_counter(c), left = c->sys.cntv_cval - counter;
             if (counter < c->sys.cntv_cval) {
-                uint64_t until = host_ns() + (left < LONG ? left : LONG) * 125 / 3 + 1;
-                struct timespec deadline = {(time_t)(until / 1000000000), (long)(until % 1000000000)};
-                pthread_cond_clockwait(&cpu->wake, &gic->lock, CLOCK_MONOTONIC, &deadline);
+                cond_wait_until(&cpu->wake, &gic->lock, host_ns() + (left < LONG ? left : LONG) * 125 / 3 + 1);
             }
             follow_timer(c);
         } else {
@@ -651,7 +649,7 @@ static struct gic *gic_new(const struct hv_gic_config_s *config) {
     pthread_mutex_init(&gic->lock, NULL);
     for (uint32_t i = 0; i < VCPU_MAX; i++) {
         gic->cpus[i].gic = gic;
-        pthread_cond_init(&gic->cpus[i].wake, NULL);
+        cond_init(&gic->cpus[i].wake);
     }
     reset(gic);
     return gic;

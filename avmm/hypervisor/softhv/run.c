@@ -1,8 +1,7 @@
 /* hv_vcpu_run: in and out of the guest, polling, the virtual timer, and the way from block to block. */
 #define _GNU_SOURCE
+#include "../wait.h"
 #include "jit.h"
-
-#include <time.h>
 
 enum {
     BUDGET = 20000,      /* instructions between looks at the clock: some 60 us */
@@ -13,11 +12,7 @@ enum {
 
 /* ---- Time ------------------------------------------------------------------------------------------------------- */
 
-uint64_t host_ns(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
-}
+uint64_t host_ns(void) { return monotonic_ns(); }
 
 /* 24 MHz, as on Apple silicon: one tick is 125/3 ns. */
 uint64_t softhv_absolute_time(void) { return host_ns() * 3 / 125; }

@@ -3,6 +3,7 @@
 #include "jit.h"
 
 #include "../hv_simd.h"
+#include "../wait.h"
 
 #include <fenv.h>
 #include <stdlib.h>
@@ -97,7 +98,7 @@ hv_return_t hv_vcpu_create(hv_vcpu_t *vcpu, hv_vcpu_exit_t **exit, hv_vcpu_confi
     pstate_changed(c);
     c->link_gen[1] = 1;
     tlb_flush_all(c);
-    pthread_cond_init(&c->my_turn, NULL);
+    cond_init(&c->my_turn);
     pthread_mutex_init(&c->mail.lock, NULL);
     hv_return_t result = assign_handle(c) ? join_vm(vm, c) : HV_NO_RESOURCES;
     if (result != HV_SUCCESS) {
