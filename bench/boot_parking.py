@@ -10,6 +10,7 @@ import asyncio
 import logging
 import statistics
 import time
+from collections.abc import Iterator
 
 import structlog
 import uvloop
@@ -34,28 +35,40 @@ async def boot(kernel, initrd, cpus: int) -> tuple[float, float]:
     return time.perf_counter() - began, time.process_time() - cpu
 
 
+def measure(number: int, cpus: int) -> list[tuple[tuple[float, float], tuple[float, float]]]:
+    """Pairs of what :func:`boot` returns: parking, spinning; after one pair that does not count."""
+    fetched = guest()
+    initrd = with_init(fetched.initrd, INIT)
+    pairs = []
+    try:
+        for _ in range(number + 1):
+            pair = []
+            for policy in (VcpuLoop, Spin):
+                avmm.vm.VcpuLoop = policy
+                pair.append(uvloop.run(boot(fetched.kernel, initrd, cpus)))
+            pairs.append((pair[0], pair[1]))
+    finally:
+        avmm.vm.VcpuLoop = VcpuLoop
+        initrd.unlink()
+    return pairs[1:]
+
+
+def summary(pairs: list[tuple[tuple[float, float], tuple[float, float]]]) -> Iterator[tuple[str, float, float, float]]:
+    """For wall and CPU time: medians parking and spinning, and the median ratio of pairs."""
+    for at, kind in enumerate(("wall", "CPU")):
+        parked, spun = ([pair[who][at] for pair in pairs] for who in (0, 1))
+        ratio = statistics.median(a / b for a, b in zip(parked, spun, strict=True))
+        yield kind, statistics.median(parked), statistics.median(spun), ratio
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-n", type=int, default=7, help="counted pairs")
     parser.add_argument("-c", "--cpus", type=int, default=1)
     args = parser.parse_args()
-    fetched = guest()
-    initrd = with_init(fetched.initrd, INIT)
     headline(f"boot to power-off, {args.cpus} vCPU: parking against spinning")
-    pairs = []
-    try:
-        for _ in range(args.n + 1):
-            pair = []
-            for policy in (VcpuLoop, Spin):
-                avmm.vm.VcpuLoop = policy
-                pair.append(uvloop.run(boot(fetched.kernel, initrd, args.cpus)))
-            pairs.append(pair)
-    finally:
-        initrd.unlink()
-    for at, kind in enumerate(("wall", "CPU")):
-        parked, spun = ([pair[who][at] for pair in pairs[1:]] for who in (0, 1))
-        ratio = statistics.median(a / b for a, b in zip(parked, spun, strict=True))
-        print(f"{kind:4s} s: parking median {statistics.median(parked):.3f}, spinning {statistics.median(spun):.3f}, "
+    for kind, parked, spun, ratio in summary(measure(args.n, args.cpus)):
+        print(f"{kind:4s} s: parking median {parked:.3f}, spinning {spun:.3f}, "
               f"median ratio of pairs {ratio:.3f}   n={args.n}")  # fmt: skip
 
 

@@ -32,7 +32,8 @@ async def started(vm, linux: bool) -> None:
     await vm.console.expect(rb"ready" if linux else rb"idle\r\n", timeout=600)
 
 
-async def measure(number: int, seconds: float, linux: bool) -> None:
+async def measure(number: int, seconds: float, linux: bool) -> dict:
+    """What ``number`` idle VMs take: seconds till all are up, CPU in percent, WFIs a second, MiB, wakes in ns."""
     fetched = guest() if linux else None
     images = (fetched.kernel, fetched.initrd) if fetched else (IMAGE,)
     append = "" if linux else "hz=10"
@@ -61,11 +62,17 @@ async def measure(number: int, seconds: float, linux: bool) -> None:
         percent = (time.process_time() - cpu) / elapsed * 100
         rate = (sum(vm.counters()["exits"]["wfi"] for vm in vms) - ticks) / elapsed
         rss = resident_mib(os.getpid())
-        print(f"{number:4d} VMs  up in {up:6.2f} s   idle {percent:6.2f} % of one CPU ({percent / number:5.3f} each, "
-              f"{rate:7.0f} WFI/s)   resident {rss['anon'] + rss['file']:6.0f} MiB", flush=True)  # fmt: skip
-        if mailbox is not None:
-            wakes = await post_from_thread(mailbox, WAKES)
-            print(f"          device interrupt to one of them: {quantiles(wakes)}", flush=True)
+        wakes = [] if mailbox is None else await post_from_thread(mailbox, WAKES)
+        mib = rss["anon"] + rss["file"]
+        return {"VMs": number, "up": up, "idle": percent, "WFIs": rate, "MiB": mib, "wakes": wakes}
+
+
+def show(row: dict) -> None:
+    print(f"{row['VMs']:4d} VMs  up in {row['up']:6.2f} s   idle {row['idle']:6.2f} % of one CPU "
+          f"({row['idle'] / row['VMs']:5.3f} each, {row['WFIs']:7.0f} WFI/s)   "
+          f"resident {row['MiB']:6.0f} MiB", flush=True)  # fmt: skip
+    if row["wakes"]:
+        print(f"          device interrupt to one of them: {quantiles(row['wakes'])}", flush=True)
 
 
 def main() -> None:
@@ -77,7 +84,7 @@ def main() -> None:
     headline(f"density: VMs of 64 MiB and 1 vCPU, {'Debian at its shell' if args.linux else 'ticking at 10 Hz'}")
     print(f"floor: lock there and back        {quantiles(lock_round_trips(WAKES))}")
     for number in args.n:
-        uvloop.run(measure(number, args.seconds, args.linux))
+        show(uvloop.run(measure(number, args.seconds, args.linux)))
 
 
 if __name__ == "__main__":

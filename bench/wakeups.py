@@ -160,28 +160,39 @@ def against(floor: list[int], ours: list[int]) -> str:
     return f"   / floor {p50:5.2f}, {b[len(b) * 99 // 100] / a[len(a) * 99 // 100]:5.2f}"
 
 
-async def interrupts(args: argparse.Namespace) -> None:
+async def interrupts(number: int, cpus: int) -> dict[str, list[int]]:
+    """Nanoseconds: of the floor, and from a device's interrupt to its handler, raised by a thread and by the loop."""
     floor: list[int] = []
     ours: dict[str, list[int]] = {"thread": [], "loop": []}
-    async with avmm.boot(IMAGE, memory="64M", cpus=args.cpus) as vm:
+    async with avmm.boot(IMAGE, memory="64M", cpus=cpus) as vm:
         mailbox = connect(vm)
         await vm.console.expect(rb"idle\r\n", timeout=30)
-        for _ in range(args.n // BATCH):
+        for _ in range(number // BATCH):
             floor += await asyncio.to_thread(lock_round_trips, BATCH)
             ours["thread"] += await post_from_thread(mailbox, BATCH)
             ours["loop"] += await post_from_loop(mailbox, BATCH)
-    print(f"floor: lock there and back        {quantiles(floor)}")
-    for where, taken in ours.items():
-        print(f"device interrupt, from the {where:6s} {quantiles(taken)}{against(floor, taken)}", flush=True)
+    return {"floor": floor, **ours}
 
 
-async def timers(args: argparse.Namespace) -> None:
-    floor = timerfd_lateness(args.n // 2)
-    async with avmm.boot(IMAGE, memory="64M", cpus=args.cpus, append=f"hz={args.hz}") as vm:
+async def timers(number: int, cpus: int, hz: int) -> tuple[list[int], tuple[float, ...]]:
+    """How late a bare timerfd is, in nanoseconds, and the guest's timer: p50, p99, max in microseconds."""
+    floor = timerfd_lateness(number // 2)
+    async with avmm.boot(IMAGE, memory="64M", cpus=cpus, append=f"hz={hz}") as vm:
         await vm.console.expect(rb"idle\r\n", timeout=30)
-        await asyncio.sleep(args.n / args.hz)
-        p50, p99, most = await lateness(vm)
-    floor += timerfd_lateness(args.n // 2)
+        await asyncio.sleep(number / hz)
+        guest = await lateness(vm)
+    return floor + timerfd_lateness(number // 2), guest
+
+
+def show_interrupts(found: dict[str, list[int]]) -> None:
+    print(f"floor: lock there and back        {quantiles(found['floor'])}")
+    for where in ("thread", "loop"):
+        taken = found[where]
+        print(f"device interrupt, from the {where:6s} {quantiles(taken)}{against(found['floor'], taken)}", flush=True)
+
+
+def show_timers(floor: list[int], guest: tuple[float, ...]) -> None:
+    p50, p99, most = guest
     ordered = sorted(floor)
     print(f"floor: bare timerfd               {quantiles(floor)}")
     ratios = p50 * 1e3 / statistics.median(ordered), p99 * 1e3 / ordered[len(ordered) * 99 // 100]
@@ -198,8 +209,8 @@ def main() -> None:
     args = parser.parse_args()
     headline(f"wakes, {args.cpus} vCPU, {args.loop}; ratios of p50, p99")
     run = uvloop.run if args.loop == "uvloop" else asyncio.run
-    run(interrupts(args))
-    run(timers(args))
+    show_interrupts(run(interrupts(args.n, args.cpus)))
+    show_timers(*run(timers(args.n, args.cpus, args.hz)))
 
 
 if __name__ == "__main__":
