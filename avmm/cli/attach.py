@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import uvloop
 from avmm.cli.exitcodes import ExitCode
 from avmm.cli.session import KEEP, Outside, beside, exit_code
 from avmm.cli.terminal import HELP, EscapeKey, raw_mode, read_input, say
+from avmm.cli.timing import print_timing
 from avmm.config import VmConfig
 from avmm.snapshot.store import load
 from avmm.vm import Outcome, VirtualMachine
@@ -78,7 +78,7 @@ async def _attach(make: Callable[[], VirtualMachine], timeout: float | None, tim
     elif code == ExitCode.TIMEOUT:
         say(f"avmm: the guest was still running after {timeout:g} s")
     if timing:
-        _print_timing(vm)
+        print_timing(vm)
     return code
 
 
@@ -93,27 +93,3 @@ def _explain(outcome: Outcome) -> int:
         return ExitCode.POWER_OFF
     say(f"avmm: {outcome.error}")
     return exit_code(outcome.error)
-
-
-def _print_timing(vm: VirtualMachine) -> None:
-    began = _process_start()
-    for name, moment in vm.timeline.items():
-        say(f"{moment - began:9.3f} s  {name}")
-    counters = vm.counters()
-    for kind, count in sorted(counters["exits"].items(), key=lambda item: -item[1]):
-        if count:
-            say(f"{count:9d}    {kind} exits")
-    if counters["uart_batched"]:
-        say(f"{counters['uart_batched']:9d}    UART accesses without an exit")
-
-
-def _process_start() -> float:
-    """When this process started, on time.monotonic()'s clock."""
-    try:
-        with open("/proc/self/stat", "rb") as file:
-            # Field 22, counted after the command's name, which may hold spaces: start time in clock ticks since boot.
-            ticks = int(file.read().rpartition(b")")[2].split()[19])
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError):  # not Linux: the moment the interpreter began to count CPU time is close enough
-        age = time.process_time()
-    return time.monotonic() - age

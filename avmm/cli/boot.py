@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from avmm.cli.exitcodes import ExitCode
 from avmm.cli.parser import Commands, seconds
@@ -134,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError("which command? avmm boot KERNEL INITRD -- COMMAND")
         from avmm.cli import command
 
-        return command.run(
-            config, args.guest_command, timeout=args.timeout, monitor=not args.no_monitor, trace=args.trace
-        )
-    return attach.run(config, timeout=args.timeout, timing=args.timing, monitor=not args.no_monitor, trace=args.trace)
+        run = partial(command.run, config, args.guest_command)
+    else:
+        run = partial(attach.run, config)
+    return run(timeout=args.timeout, timing=args.timing, monitor=not args.no_monitor, trace=args.trace)

@@ -12,6 +12,7 @@ import uvloop
 from avmm.cli.exitcodes import ExitCode
 from avmm.cli.session import KEEP, Outside, beside, exit_code
 from avmm.cli.terminal import EscapeKey, Output, raw_mode, read_input, say
+from avmm.cli.timing import print_timing
 from avmm.config import VmConfig
 from avmm.debian import ready_pattern
 from avmm.errors import AvmmError, ConfigError, WaitTimeout
@@ -22,28 +23,38 @@ from avmm.vm import VirtualMachine
 _SHOWN = 2000
 
 
-def run(config: VmConfig, argv: list[str], *, timeout: float | None, monitor: bool, trace: str | None) -> int:
+def run(
+    config: VmConfig, argv: list[str], *, timeout: float | None, timing: bool, monitor: bool, trace: str | None
+) -> int:
     """Boot, run ``argv`` in the guest, end the guest; the command's exit code, 128+N when signal N killed it."""
     if config.agent is None:
         raise ConfigError("a command needs an initrd: avmm boot KERNEL INITRD -- COMMAND")
-    return uvloop.run(_run(config, argv, timeout, monitor, trace))
+
+    async def go() -> int:
+        vm = VirtualMachine(config, keep_output=KEEP, monitor=monitor, trace=trace)
+        async with vm:
+            code = await _run(vm, argv, timeout)
+        if timing:
+            print_timing(vm)
+        return code
+
+    return uvloop.run(go())
 
 
-async def _run(config: VmConfig, argv: list[str], timeout: float | None, monitor: bool, trace: str | None) -> int:
+async def _run(vm: VirtualMachine, argv: list[str], timeout: float | None) -> int:
     outside = Outside()
-    async with VirtualMachine(config, keep_output=KEEP, monitor=monitor, trace=trace) as vm:
-        work = asyncio.create_task(_command(vm, argv, outside))
-        code = await outside.outlasts(work, timeout)
-        if code is not None:
-            if code == ExitCode.TIMEOUT:
-                say(f"avmm: the command had not ended after {timeout:g} s")
-            return code
-        try:
-            return work.result()
-        except AvmmError as error:
-            last = vm.console.output[-_SHOWN:].decode(errors="replace").replace("\r\n", "\n").strip()
-            say(f"avmm: {error}" + (f"; the guest's console last showed:\n{last}" if last else ""))
-            return ExitCode.GUEST if isinstance(error, WaitTimeout) else exit_code(error)
+    work = asyncio.create_task(_command(vm, argv, outside))
+    code = await outside.outlasts(work, timeout)
+    if code is not None:
+        if code == ExitCode.TIMEOUT:
+            say(f"avmm: the command had not ended after {timeout:g} s")
+        return code
+    try:
+        return work.result()
+    except AvmmError as error:
+        last = vm.console.output[-_SHOWN:].decode(errors="replace").replace("\r\n", "\n").strip()
+        say(f"avmm: {error}" + (f"; the guest's console last showed:\n{last}" if last else ""))
+        return ExitCode.GUEST if isinstance(error, WaitTimeout) else exit_code(error)
 
 
 async def _command(vm: VirtualMachine, argv: list[str], outside: Outside) -> int:

@@ -87,10 +87,12 @@ def test_no_reboot(debian: Fetched) -> None:
     assert done.stdout.count(b"Booting Linux") == 1
 
 
-def test_timing_goes_to_stderr(debian: Fetched) -> None:
+@pytest.mark.parametrize("command", [[], ["--", "true"]])
+def test_timing_goes_to_stderr(debian: Fetched, command: list[str]) -> None:
     done = subprocess.run(
-        [*AVMM_BOOT, debian.kernel, debian.initrd, "--timing"], input=b"exit\n", capture_output=True, timeout=TIMEOUT
-    )
+        [*AVMM_BOOT, debian.kernel, debian.initrd, "--timing", *command],
+        input=b"exit\n", capture_output=True, timeout=TIMEOUT,
+    )  # fmt: skip
     assert done.returncode == 0
     names = [line.split(maxsplit=2)[2] for line in done.stderr.decode().splitlines() if " s  " in line]
     assert names == ["engine ready", "first instruction", "first console byte", "end"]
