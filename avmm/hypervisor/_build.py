@@ -92,6 +92,13 @@ def stale(target: Path, flags: str) -> bool:
 class BuildExt(build_ext):  # type: ignore[misc]  # setuptools ships no types
     """build_ext that compiles a module's files side by side, and only those that changed."""
 
+    def copy_file(self, source: str, target: str, *args: Any, **options: Any) -> tuple[str, bool]:
+        """Into its place whole: a process that starts meanwhile would die of a module that is half there (SIGBUS)."""
+        part = f"{target}.part"
+        super().copy_file(source, part, *args, **options)
+        os.replace(part, target)
+        return target, True
+
     def build_extension(self, ext: Any) -> None:
         """Build one module; only one process at a time, since an editable install is shared."""
         compiler = self.compiler
