@@ -1,6 +1,6 @@
 """A shared folder beside QEMU's two: virtio-9p (`-fsdev local`), and virtio-fs with virtiofsd, a program of its own.
 
-python bench/share.py [-n 3] [--files 1000] [--size 64] [--cache 0] [--virtiofsd]
+python bench/share.py [-n 3] [--files 500] [--size 64] [--cache 0] [--virtiofsd]
 
 Small files made, looked at and read by the guest's shell (files a second), then large reads and writes of one file in
 the host's page cache (MiB a second; the guest's caches are dropped before each). 9p is mounted with its default
@@ -142,7 +142,7 @@ def virtiofsd(folder: str) -> Iterator[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-n", type=int, default=3, help="runs of each")
-    parser.add_argument("--files", type=int, default=1000)
+    parser.add_argument("--files", type=int, default=500)
     parser.add_argument("--size", type=int, default=64, help="MiB")
     parser.add_argument("--cache", type=float, default=0, help="of avmm's share, seconds")
     parser.add_argument("--virtiofsd", action="store_true", help="beside virtiofsd instead of 9p")
