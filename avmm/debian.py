@@ -419,6 +419,3 @@ def _version_key(part: str) -> list[Any]:
         order = [-1 if each == "~" else ord(each) if each.isalpha() else ord(each) + 256 for each in text]
         key += [[*order, 0], int(number or 0)]
     return key
-
-
-# --- the command -------------------------------------------------------------------------------------------------

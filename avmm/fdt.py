@@ -22,7 +22,7 @@ _DEPTH_MAX = 64
 #: What a property may be given as: one 32-bit cell, a string, several strings, raw bytes; ``b""`` for a bare name.
 Value = int | str | Sequence[str] | bytes
 
-#: The phandle of the 24 MHz clock behind every PrimeCell (``apb_pclk``) and of the interrupt controller.
+#: The phandle of the interrupt controller, and of the 24 MHz clock behind every PrimeCell (``apb_pclk``).
 INTC_PHANDLE = 1
 CLOCK_PHANDLE = 2
 
