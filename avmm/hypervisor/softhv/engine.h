@@ -302,6 +302,7 @@ struct vcpu {
         struct fpu fpu; /* the same two, as fpu.h wants them */
     };
     vreg v[32];
+    vreg v_scratch[2]; /* compiled code's own, as scratch[] is */
     struct {
         uint64_t pa;  /* ~0: open */
         uint64_t value[2];

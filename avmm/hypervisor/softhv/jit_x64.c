@@ -4,9 +4,8 @@
 
 #ifdef JIT_X64
 
+#include <cpuid.h>
 #include <stdlib.h>
-#include <stdio.h>
-#include <stdio.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -26,6 +25,9 @@ struct jit {
 
 static const struct emitter *emitter_of[ROWS_MAX];
 static bool (*plain_of[ROWS_MAX])(struct vcpu *, const struct uop *);
+static bool sha; /* compilers cannot name that in __builtin_cpu_supports() yet */
+
+bool host_has_sha(void) { return sha; }
 
 /* Where leave_far() has what is patched, from its first instruction on. */
 enum { FAR_GEN = 2, FAR_PAGE = 25, FAR_JUMP = 50 };
@@ -357,6 +359,7 @@ void call_op(struct emit *e, const struct uop *u, bool ends) {
     spill(e, &e->regs);
     emit_call(e, u);
     no_regs(&e->regs);
+    v_renumber(e);
     e->regs.flags = FLAGS_IN_MEM;
     e->host_flags = false;
     if (ends) {
@@ -399,6 +402,7 @@ static bool slow_call_op(struct vcpu *c, const struct slow *slow, uint64_t *save
 static void emit_slow(struct emit *e, const struct outlined *o) {
     if (!(e->regs.flags & FLAGS_IN_MEM))
         need_flags(e);
+    v_save(e, &e->regs);
     call_stub(e, e->regs.flags & FLAGS_IN_MEM ? e->jit->slow : e->jit->slow_flags);
     bool more = o->sets_flags;
     for (unsigned i = 0; i < sizeof o->after.vector; i++)
@@ -468,13 +472,14 @@ void check_fp(struct emit *e, const struct uop *u) {
 void call_pure(struct emit *e, const struct uop *u) {
     mov_imm(e, RAX, (uint64_t)((const uint8_t *)u - code_arena(e->vcpu)));
     call_stub(e, e->jit->pure);
-    memset(e->regs.vector, NO_GUEST, sizeof e->regs.vector);
+    v_forget_all(e);
     e->host_flags = false;
 }
 
 void call_kept(struct emit *e, const struct uop *u) {
     struct outlined *o = slow_call(e, u);
     also_from(o, jmp(e));
+    v_renumber(e);
     comes_back(e, o);
 }
 
@@ -542,7 +547,8 @@ static void emit_trace(struct emit *e, uint8_t *code, uint8_t *cold) {
     e->p = code;
     e->cold = cold;
     e->regs = e->back;
-    memset(e->regs.vector, NO_GUEST, sizeof e->regs.vector);
+    v_forget_all(e);
+    e->v_numbers = 0;
     e->in_cold = false;
     e->regs.flags = FLAGS_IN_REG;
     e->host_flags = e->fp_checked = e->ended = e->short_of_regs = false;
@@ -866,6 +872,8 @@ static int by_op(const void *a, const void *b) {
 
 /* Of several emitters for an op the last one counts. */
 static void fill_tables(void) {
+    unsigned a, b = 0, c, d;
+    sha = __get_cpuid_count(7, 0, &a, &b, &c, &d) && b >> 29 & 1;
     static const struct emitter *const tables[] = {jit_x64_int, jit_x64_mem, jit_x64_simd, jit_x64_crypto, jit_x64_fp};
     uint16_t sorted[ROWS_MAX];
     for (uint32_t row = 0; row < a64_row_count; row++) {

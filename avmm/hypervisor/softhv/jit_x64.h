@@ -78,6 +78,9 @@ struct again_by {
 
 /* Guest registers and, from R_COUNT on, scratch[]. */
 enum { R_SCRATCH = R_COUNT, R_ALL = R_COUNT + SCRATCH_COUNT };
+/* Of vector registers, no number of a general one. */
+enum { V_SCRATCH = 64 };
+_Static_assert((int)V_SCRATCH >= (int)R_ALL, "v_restore() compares them");
 
 struct regs {
     uint8_t guest[16];   /* by host register, NO_GUEST when free */
@@ -85,7 +88,8 @@ struct regs {
     uint16_t dirty;      /* host registers whose guest register in x[] is out of date */
     uint8_t flags;       /* where NZCV is: FLAGS_* */
     struct again_by again;
-    uint8_t vector[16];  /* by XMM register: a copy of this vector register, never newer than v[]; or NO_GUEST */
+    uint8_t vector[16];  /* by XMM register: a copy of this vector register, never newer than v[]; or V_SCRATCH and on,
+                            which are in v_scratch[] during calls only; or NO_GUEST */
 };
 
 /* A load or store, with its registers: the host's, NO_REG when there is none. */
@@ -94,6 +98,11 @@ struct transfer {
     uint8_t n, m, t, t2;
     uint8_t scratch; /* where the addend is to be, or NO_REG */
     bool finds;      /* it fills scratch */
+};
+
+/* The SHA-256 state in XMM registers: vector numbers of what it was made from (abcd, efgh, words) and of what it holds. */
+struct rounds {
+    uint32_t from[3], state[2];
 };
 
 enum outlined_kind { SLOW_CALL, SIDE_EXIT, CHECKED_ACCESS, LAST_CALL };
@@ -135,6 +144,8 @@ struct emit {
     int32_t page_offset; /* of the block's first instruction */
     struct regs regs;
     uint32_t vector_stamp[16];
+    uint32_t v_number[32], v_numbers; /* see v_number() */
+    struct rounds rounds;             /* jit_x64_crypto.c */
     bool in_cold;            /* on a slow path: what the registers hold is settled */
     uint32_t stamp[16], now; /* last use of host registers: the oldest is evicted, never one of this instruction */
     bool host_flags;         /* the host's flags are the guest's */
@@ -329,6 +340,7 @@ void leave_to(struct emit *e, const struct uop *u, int32_t target); /* offset fr
 void leave_to_rax(struct emit *e, const struct uop *u);             /* the address is in RAX */
 void call_op(struct emit *e, const struct uop *u, bool ends);
 void check_fp(struct emit *e, const struct uop *u);
+bool host_has_sha(void); /* SHA-NI */
 /* Calls that leave general registers where they are. Pure ones are of ops that know none, nor NZCV, and never fail. */
 void call_pure(struct emit *e, const struct uop *u);
 void call_kept(struct emit *e, const struct uop *u);
@@ -344,6 +356,9 @@ static inline int32_t pc_base(const struct emit *e, const struct uop *u) { retur
 void v_load(struct emit *e, unsigned xmm, unsigned v);
 void v_store(struct emit *e, unsigned xmm, unsigned v);
 void v_forget(struct emit *e, unsigned v); /* v[] was written */
+void v_forget_all(struct emit *e);
+void v_renumber(struct emit *e); /* anything in v[] may have changed, and copies with it */
+void v_save(struct emit *e, const struct regs *regs); /* before a call that v_restore() comes after */
 /* On the way back from a slow path: the copies that it has lost, or all. */
 void v_restore(struct emit *e, const struct outlined *o, bool all);
 
@@ -351,6 +366,7 @@ void v_restore(struct emit *e, const struct outlined *o, bool all);
 
 /* Does it do no more than rd = rn + a constant, on 64 bits? */
 bool adds_constant(const struct emitter *by, const struct uop *u, uint8_t *from, int32_t *constant);
+bool makes_address(const struct emitter *by); /* ADRP: of the same imm always the same */
 void plan_accesses(struct emit *e); /* fills groups[] */
 void emit_checked_access(struct emit *e, struct outlined *o); /* with a lookup of its own, to where it comes back */
 

@@ -3,18 +3,11 @@
 
 #ifdef JIT_X64
 
-#include <cpuid.h>
-
 #define A64(row_name, pattern, form, op) bool p_##op(struct vcpu *c, const struct uop *u);
 #define A64_END(row_name, pattern, form, op) A64(row_name, pattern, form, op)
 #include "a64_crypto.def"
 #undef A64
 #undef A64_END
-
-static bool has_sha(void) {
-    unsigned a, b, c, d;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && b >> 29 & 1;
-}
 
 enum { AESE, AESD, AESMC, AESIMC_, SHA256H, SHA256H2, SHA256SU0, SHA256SU1 };
 
@@ -25,66 +18,85 @@ static void emit_aes(struct emit *e, const struct uop *u, uint32_t arg) {
         return;
     }
     check_fp(e, u);
-    v_load(e, 0, u->rn);
-    xx(e, PXOR, 2, 2);
+    unsigned n = v_use(e, u->rn), d = arg == AESE || arg == AESD ? v_use(e, u->rd) : v_target(e, u->rd);
+    xx(e, PXOR, 0, 0);
     switch (arg) {
     case AESE:
     case AESD:
-        v_load(e, 1, u->rd);
-        xx(e, PXOR, 0, 1);
-        xx(e, arg == AESE ? AESENCLAST : AESDECLAST, 0, 2);
+        xx(e, PXOR, d, n);
+        xx(e, arg == AESE ? AESENCLAST : AESDECLAST, d, 0);
         break;
     case AESMC:
-        xx(e, AESDECLAST, 0, 2);
-        xx(e, AESENC, 0, 2);
+        if (d != n)
+            x_copy(e, d, n);
+        xx(e, AESDECLAST, d, 0);
+        xx(e, AESENC, d, 0);
         break;
-    default: xx(e, AESIMC, 0, 0);
+    default: xx(e, AESIMC, d, n);
     }
-    v_store(e, 0, u->rd);
+    v_set(e, d, u->rd);
 }
 
-/* x86 keeps the state as (f, e, b, a) and (h, g, d, c), lowest word first, and does two rounds at a time. */
+/*
+ * x86 keeps the state as (f, e, b, a) and (h, g, d, c), lowest word first, and does two rounds at a time. SHA256H and
+ * SHA256H2 are halves of the same four: who comes first does them all, the other finds its half in ABEF and CDGH, and so do
+ * the next four rounds. What they find there is told by the numbers of vector registers, wherever the instructions are.
+ */
+enum { ABEF = V_SCRATCH, CDGH };
+enum { OUTER = 0x11, INNER = 0xbb }; /* SHUFPS: words 1, 0, 1, 0 and 3, 2, 3, 2; there and back */
 static void emit_sha256_rounds(struct emit *e, const struct uop *u, uint32_t arg) {
-    if (!has_sha()) {
+    if (!host_has_sha()) {
         emit_pure(e, u, arg);
         return;
     }
     check_fp(e, u);
     bool second = arg == SHA256H2;
-    v_load(e, 1, second ? u->rn : u->rd); /* a, b, c, d */
-    v_load(e, 2, second ? u->rd : u->rn); /* e, f, g, h */
-    v_load(e, 0, u->rm);
-    xx_imm(e, PSHUFD, 1, 1, 0xb1);
-    xx_imm(e, PSHUFD, 2, 2, 0xb1);
-    x_copy(e, 3, 2);
-    xx(e, PUNPCKHQDQ, 3, 1); /* h, g, d, c */
-    xx(e, PUNPCKLQDQ, 2, 1); /* f, e, b, a */
-    xx(e, SHA256RNDS2, 3, 2);
-    xx_imm(e, PSHUFD, 0, 0, 0x0e);
-    xx(e, SHA256RNDS2, 2, 3);
-    xx(e, second ? PUNPCKLQDQ : PUNPCKHQDQ, 2, 3);
-    xx_imm(e, PSHUFD, 0, 2, 0xb1);
-    v_store(e, 0, u->rd);
+    unsigned abcd = second ? u->rn : u->rd, efgh = second ? u->rd : u->rn;
+    uint32_t from[3] = {v_number(e, abcd), v_number(e, efgh), v_number(e, u->rm)};
+    struct rounds *rounds = &e->rounds;
+    unsigned abef = v_copy(e, ABEF), cdgh = v_copy(e, CDGH);
+    bool there = abef != NO_REG && cdgh != NO_REG;
+    if (!there || memcmp(from, rounds->from, sizeof from) != 0) {
+        if (!there || memcmp(from, rounds->state, sizeof rounds->state) != 0) {
+            unsigned x = v_use(e, abcd), y = v_use(e, efgh);
+            abef = abef == NO_REG ? v_new_copy(e, ABEF) : abef;
+            cdgh = cdgh == NO_REG ? v_new_copy(e, CDGH) : cdgh;
+            x_copy(e, abef, y);
+            xx_imm(e, SHUFPS, abef, x, OUTER);
+            x_copy(e, cdgh, y);
+            xx_imm(e, SHUFPS, cdgh, x, INNER);
+        }
+        v_load(e, 0, u->rm);
+        xx(e, SHA256RNDS2, cdgh, abef);
+        xx_imm(e, PSHUFD, 0, 0, 0x0e);
+        xx(e, SHA256RNDS2, abef, cdgh);
+        memcpy(rounds->from, from, sizeof from);
+        memset(rounds->state, 0, sizeof rounds->state);
+    }
+    unsigned d = v_target(e, u->rd);
+    x_copy(e, d, abef);
+    xx_imm(e, SHUFPS, d, cdgh, second ? OUTER : INNER);
+    v_set(e, d, u->rd);
+    rounds->state[second] = v_number(e, u->rd);
 }
 
 static void emit_sha256_schedule(struct emit *e, const struct uop *u, uint32_t arg) {
-    if (!has_sha()) {
+    if (!host_has_sha()) {
         emit_pure(e, u, arg);
         return;
     }
     check_fp(e, u);
-    v_load(e, 0, u->rd);
-    v_load(e, 1, u->rn);
+    unsigned d = v_use(e, u->rd), n = v_use(e, u->rn);
     if (arg == SHA256SU0) {
-        xx(e, SHA256MSG1, 0, 1);
+        xx(e, SHA256MSG1, d, n);
     } else {
-        v_load(e, 2, u->rm);
-        x_copy(e, 3, 2);
-        xx_imm(e, PALIGNR, 3, 1, 4);
-        xx(e, PADDD, 0, 3);
-        xx(e, SHA256MSG2, 0, 2);
+        v_load(e, 0, u->rm);
+        x_copy(e, 1, 0);
+        xx_imm(e, PALIGNR, 1, n, 4);
+        xx(e, PADDD, d, 1);
+        xx(e, SHA256MSG2, d, 0);
     }
-    v_store(e, 0, u->rd);
+    v_set(e, d, u->rd);
 }
 
 static void emit_pmull(struct emit *e, const struct uop *u, uint32_t arg) {

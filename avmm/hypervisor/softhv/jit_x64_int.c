@@ -261,6 +261,8 @@ static void emit_adrp(struct emit *e, const struct uop *u, uint32_t arg) {
     op_rx(e, 1, 0x8d, def(e, u->rd), PAGE, RAX, 0);
 }
 
+bool makes_address(const struct emitter *by) { return by->emit == emit_adrp; }
+
 /* Shift left, then right, which cuts a field out of both ends. */
 static void shifts(struct emit *e, const struct uop *u, unsigned w, unsigned left, unsigned what, unsigned right) {
     unsigned n = use(e, u->rn), d = def(e, u->rd);

@@ -95,7 +95,7 @@ static bool writes_back(uint32_t arg) { return (arg >> MODE & 7) == M_PRE || (ar
 
 /* What an access with writeback loads is not its base (CONSTRAINED UNPREDICTABLE): else it is the op's. */
 static bool loads_base(const struct uop *u, uint32_t arg, bool pair) {
-    return writes_back(arg) && !(arg & STORES) && (u->rd == u->rn || (pair && u->ra == u->rn));
+    return writes_back(arg) && !(arg & (STORES | VECTOR)) && (u->rd == u->rn || (pair && u->ra == u->rn));
 }
 
 static void write_back(struct emit *e, const struct uop *u, uint32_t arg, struct operands at) {
@@ -151,7 +151,10 @@ static void load_v(struct emit *e, uint32_t arg, unsigned to, struct place at, u
 }
 
 static void store_v(struct emit *e, uint32_t arg, unsigned v, struct place at, unsigned more) {
-    if ((arg & 7) == 4) {
+    unsigned size = arg & 7, copy = size < 2 ? NO_REG : size == 4 && !e->in_cold ? v_use(e, v) : v_copy(e, v);
+    if (copy != NO_REG) {
+        op_at(e, 0, size == 4 ? MOVUPS_STORE : size == 3 ? 0x660fd6 : MOVD_FROM, copy, at, more);
+    } else if (size == 4) {
         v_load(e, 0, v);
         op_at(e, 0, MOVUPS_STORE, 0, at, more);
     } else {
@@ -187,16 +190,26 @@ static void move(struct emit *e, const struct uop *u, const struct transfer *a, 
         store_x(e, a->arg, a->t, at, 0);
         store_x(e, a->arg, a->t2, at, size);
         break;
-    case VECTOR:
-        load_v(e, a->arg, 0, at, 0);
-        v_store(e, 0, u->rd);
+    case VECTOR: {
+        unsigned to = e->in_cold ? 0 : v_target(e, u->rd);
+        load_v(e, a->arg, to, at, 0);
+        v_set(e, to, u->rd);
         break;
+    }
     case VECTOR | STORES: store_v(e, a->arg, u->rd, at, 0); break;
     case VECTOR | PAIR:
-        load_v(e, a->arg, 0, at, 0);
-        load_v(e, a->arg, 1, at, size);
-        v_store(e, 0, u->rd);
-        v_store(e, 1, u->ra);
+        if (e->in_cold || u->rd == u->ra) {
+            load_v(e, a->arg, 0, at, 0);
+            load_v(e, a->arg, 1, at, size);
+            v_store(e, 0, u->rd);
+            v_store(e, 1, u->ra);
+        } else {
+            unsigned first = v_target(e, u->rd), second = v_target(e, u->ra);
+            load_v(e, a->arg, first, at, 0);
+            load_v(e, a->arg, second, at, size);
+            v_set(e, first, u->rd);
+            v_set(e, second, u->ra);
+        }
         break;
     default:
         store_v(e, a->arg, u->rd, at, 0);
@@ -232,23 +245,26 @@ void emit_checked_access(struct emit *e, struct outlined *o) {
 enum { SPAN_MAX = 256 };
 
 static bool by_base(const struct emitter *by);
+static void emit_access(struct emit *e, const struct uop *u, uint32_t arg);
 
 /*
  * What registers hold is followed as far as it is another register's value at the start (or at its latest change) plus
- * a constant: `root` names that value. Accesses from one root are near one another.
+ * a constant: `root` names that value. Accesses from one root are near one another. Of ADRPs to one page the value is one.
  */
 void plan_accesses(struct emit *e) {
     uint8_t root[R_COUNT] = {0}, roots = 0, newest[TRACE_MAX + 1];
     int32_t distance[R_COUNT], start[TRACE_MAX];
-    unsigned members[TRACE_MAX];
+    unsigned members[TRACE_MAX], pages = 0;
+    struct { uint64_t imm; uint8_t root; } page[TRACE_MAX];
     for (uint32_t i = 0; i < e->block->count; i++) {
         const struct uop *u = &e->block->uops[i];
         const struct emitter *by = e->by[i];
         uint8_t from = NO_GUEST, new_root = 0;
         int32_t constant = 0;
         e->group_of[i] = NO_GROUP;
-        if (!by) {
+        if (!by || (by->emit == emit_access && loads_base(u, by->arg, by->arg & PAIR))) { /* a call: no scratch survives */
             memset(root, 0, sizeof root);
+            pages = 0;
             continue;
         }
         if (by_base(by)) {
@@ -292,6 +308,18 @@ void plan_accesses(struct emit *e) {
         } else if (adds_constant(by, u, &from, &constant) && root[from]) {
             new_root = root[from];
             constant += distance[from];
+            from = u->rd;
+        } else if (makes_address(by)) {
+            unsigned p = 0;
+            while (p < pages && page[p].imm != u->imm)
+                p++;
+            if (p == pages) {
+                page[pages].imm = u->imm;
+                page[pages++].root = ++roots;
+                newest[roots] = NO_GROUP;
+            }
+            new_root = page[p].root;
+            constant = 0;
             from = u->rd;
         } else {
             from = NO_GUEST;
@@ -354,12 +382,12 @@ static void grouped_access(struct emit *e, const struct uop *u, struct transfer 
 }
 
 static void emit_access(struct emit *e, const struct uop *u, uint32_t arg) {
-    if (arg & VECTOR) {
-        check_fp(e, u);
-    } else if (loads_base(u, arg, arg & PAIR)) {
+    if (loads_base(u, arg, arg & PAIR)) {
         call_op(e, u, false);
         return;
     }
+    if (arg & VECTOR)
+        check_fp(e, u);
     struct operands at = operands(e, u, arg);
     struct transfer a = {arg, (uint8_t)at.n, (uint8_t)at.m, NO_REG, NO_REG, NO_REG, false};
     if (!(arg & VECTOR)) {

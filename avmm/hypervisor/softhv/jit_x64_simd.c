@@ -41,37 +41,73 @@ unsigned v_new_copy(struct emit *e, unsigned v) {
     return oldest;
 }
 
-void v_load(struct emit *e, unsigned xmm, unsigned v) {
+unsigned v_use(struct emit *e, unsigned v) {
     unsigned copy = v_copy(e, v);
-    if (copy == NO_REG && !e->in_cold) {
+    if (copy == NO_REG) {
         copy = v_new_copy(e, v);
         op_rm(e, 0, MOVUPS, copy, CPU, V_AT(v));
     }
-    if (copy == NO_REG)
+    return copy;
+}
+
+unsigned v_target(struct emit *e, unsigned v) {
+    unsigned copy = v_copy(e, v);
+    return copy == NO_REG ? v_new_copy(e, v) : copy;
+}
+
+void v_set(struct emit *e, unsigned xmm, unsigned v) {
+    op_rm(e, 0, MOVUPS_STORE, xmm, CPU, V_AT(v));
+    e->v_number[v] = 0;
+}
+
+void v_load(struct emit *e, unsigned xmm, unsigned v) {
+    if (e->in_cold)
         op_rm(e, 0, MOVUPS, xmm, CPU, V_AT(v));
     else
-        x_copy(e, xmm, copy);
+        x_copy(e, xmm, v_use(e, v));
 }
 
 void v_store(struct emit *e, unsigned xmm, unsigned v) {
-    op_rm(e, 0, MOVUPS_STORE, xmm, CPU, V_AT(v));
-    if (e->in_cold)
-        return;
-    unsigned copy = v_copy(e, v);
-    x_copy(e, copy == NO_REG ? v_new_copy(e, v) : copy, xmm);
+    v_set(e, xmm, v);
+    if (!e->in_cold)
+        x_copy(e, v_target(e, v), xmm);
 }
 
 void v_forget(struct emit *e, unsigned v) {
+    e->v_number[v] = 0;
     for (unsigned x = FIRST_COPY; x < COPIES_END; x++)
         if (e->regs.vector[x] == v)
             e->regs.vector[x] = NO_GUEST;
+}
+
+void v_renumber(struct emit *e) { memset(e->v_number, 0, sizeof e->v_number); }
+
+void v_forget_all(struct emit *e) {
+    memset(e->regs.vector, NO_GUEST, sizeof e->regs.vector);
+    v_renumber(e);
+}
+
+uint32_t v_number(struct emit *e, unsigned v) {
+    if (!e->v_number[v])
+        e->v_number[v] = ++e->v_numbers;
+    return e->v_number[v];
+}
+
+static int32_t v_at(unsigned v) {
+    return v < V_SCRATCH ? V_AT(v) : AT(v_scratch) + 16 * (int32_t)(v - V_SCRATCH);
+}
+
+void v_save(struct emit *e, const struct regs *regs) {
+    for (unsigned x = FIRST_COPY; x < COPIES_END; x++)
+        if (regs->vector[x] != NO_GUEST && regs->vector[x] >= V_SCRATCH)
+            op_rm(e, 0, MOVUPS_STORE, x, CPU, v_at(regs->vector[x]));
 }
 
 void v_restore(struct emit *e, const struct outlined *o, bool all) {
     for (unsigned x = FIRST_COPY; x < COPIES_END; x++) {
         unsigned v = o->after.vector[x];
         if (v != NO_GUEST && (all || o->before.vector[x] != v || v == o->u->rd || v == o->u->ra))
-            op_rm(e, 0, MOVUPS, x, CPU, V_AT(v));
+            op_rm(e, 0, MOVUPS, x, CPU, v_at(v));
     }
 }
 
@@ -128,9 +164,41 @@ static void emit_lanes(struct emit *e, const struct uop *u, uint32_t arg) {
         return;
     }
     check_fp(e, u);
+    unsigned n = v_use(e, u->rn), m = v_use(e, u->rm);
+    if (!v_q(u) || (u->rd == u->rm && u->rd != u->rn)) {
+        x_copy(e, 0, n);
+        xx(e, op, 0, m);
+        v_result(e, u, v_q(u));
+        return;
+    }
+    bool moves = u->rn == u->rm && (arg == L_OR || arg == L_AND);
+    uint32_t number = moves ? v_number(e, u->rn) : 0;
+    unsigned d = v_target(e, u->rd);
+    if (d != n)
+        x_copy(e, d, n);
+    if (!moves)
+        xx(e, op, d, m);
+    v_set(e, d, u->rd);
+    e->v_number[u->rd] = number;
+}
+
+/* arg: log2 of the bytes that are reversed. Bytes change places within 16 bits by shifts, 16 bits and 32 by shuffles. */
+static void emit_rev_v(struct emit *e, const struct uop *u, uint32_t arg) {
+    check_fp(e, u);
     v_load(e, 0, u->rn);
-    v_load(e, 1, u->rm);
-    xx(e, op, 0, 1);
+    unsigned size = v_size(u);
+    if (size == 0) {
+        x_copy(e, 1, 0);
+        xx_imm(e, SHIFT_W, LEFT, 0, 8);
+        xx_imm(e, SHIFT_W, RIGHT, 1, 8);
+        xx(e, POR, 0, 1);
+    }
+    if (size < 2 && arg > 1) {
+        xx_imm(e, 0xf20f70, 0, 0, arg == 2 ? 0xb1 : 0x1b); /* PSHUFLW, PSHUFHW */
+        xx_imm(e, 0xf30f70, 0, 0, arg == 2 ? 0xb1 : 0x1b);
+    } else if (size == 2) {
+        xx_imm(e, PSHUFD, 0, 0, 0xb1);
+    }
     v_result(e, u, v_q(u));
 }
 
@@ -399,6 +467,9 @@ const struct emitter jit_x64_simd[] = {
     {p_v_umaxp, emit_pairwise, L_UMAX, TRAPS | NO_RD},
     {p_v_uminp, emit_pairwise, L_UMIN, TRAPS | NO_RD},
     {p_v_ext, emit_ext, 0, TRAPS | NO_RD},
+    {p_v_rev16, emit_rev_v, 1, TRAPS | NO_RD},
+    {p_v_rev32, emit_rev_v, 2, TRAPS | NO_RD},
+    {p_v_rev64, emit_rev_v, 3, TRAPS | NO_RD},
     {NULL, NULL, 0, 0},
 };
 

@@ -21,7 +21,7 @@ enum {
     PALIGNR = MAP_3A | 0x660f0f, PCLMULQDQ = MAP_3A | 0x660f44,
     AESIMC = MAP_38 | 0x660fdb, AESENC = MAP_38 | 0x660fdc,
     AESENCLAST = MAP_38 | 0x660fdd, AESDECLAST = MAP_38 | 0x660fdf,
-    SHA256RNDS2 = MAP_38 | 0x0fcb, SHA256MSG1 = MAP_38 | 0x0fcc, SHA256MSG2 = MAP_38 | 0x0fcd
+    SHUFPS = 0x0fc6, SHA256RNDS2 = MAP_38 | 0x0fcb, SHA256MSG1 = MAP_38 | 0x0fcc, SHA256MSG2 = MAP_38 | 0x0fcd
 };
 
 /* What this host can do; asked at compile time of guest code, which is rare enough. */
@@ -42,6 +42,15 @@ static inline unsigned v_size(const struct uop *u) { return u->aux & 3; }
 /* The XMM register that holds a copy of it, or NO_REG; one for a new copy, which the caller fills. */
 unsigned v_copy(struct emit *e, unsigned v);
 unsigned v_new_copy(struct emit *e, unsigned v);
+/*
+ * Outside of slow paths: a copy of it to read; where to put its next value, which may be the copy of the old one, and
+ * which is to be there, by v_set(), before any slow path is announced.
+ */
+unsigned v_use(struct emit *e, unsigned v);
+unsigned v_target(struct emit *e, unsigned v);
+void v_set(struct emit *e, unsigned xmm, unsigned v);
+/* Names the value of a vector register: while two have the same number they are equal. Never 0. */
+uint32_t v_number(struct emit *e, unsigned v);
 
 /* A call of an op that knows vector registers and FPSR only, and never fails once FP is allowed. */
 void emit_pure(struct emit *e, const struct uop *u, uint32_t arg);
