@@ -1,6 +1,7 @@
 """Work inside the guest, in CPU seconds of the host: programs timed within one boot.
 
-All are busybox's but one, sha256.c, which is compiled for the guest and left out where there is no cross compiler.
+All are busybox's but two, which are compiled for the guest and left out where there is no cross compiler: sha256.c, and
+"cold code", a program of 300,000 instructions that are run once.
 
 python bench/guest_work.py [-n RUNS] [--flavour cloud|generic] [--only NAME ...] [--engine NAME]
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -24,6 +26,7 @@ WORK = {
     "md5": "head -c 20000000 /dev/zero | md5sum >/dev/null",
     "sha256": "head -c 10000000 /dev/zero | sha256sum >/dev/null",
     "sha256, SHA insns": "/sha256 100 >/dev/null",
+    "cold code": "/cold",
     "gzip": "cat /bin/busybox /bin/busybox /bin/busybox /bin/busybox | gzip -c >/dev/null",
     "awk floats": "awk 'BEGIN { for (i = 1; i < 400000; i++) s += i / 3.5; print s }' >/dev/null",
     "fork+exec": "i=0; while [ $i -lt 200 ]; do /bin/true; i=$((i+1)); done",
@@ -38,11 +41,37 @@ GCC = "aarch64-linux-gnu-gcc"
 
 def sha256() -> bytes:
     """The program sha256.c, for the guest."""
+    return build(Path(__file__).with_name("sha256.c"))
+
+
+def build(source: Path) -> bytes:
+    """A static program without a libc."""
     with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "sha256"
+        program = Path(folder) / "program"
         flags = ["-O2", "-march=armv8-a+crypto", "-static", "-nostdlib", "-ffreestanding"]
-        subprocess.run([GCC, *flags, str(Path(__file__).with_name("sha256.c")), "-o", str(program)], check=True)
+        subprocess.run([GCC, *flags, str(source), "-o", str(program)], check=True)
         return program.read_bytes()
+
+
+def cold(instructions: int = 300_000) -> bytes:
+    """A program that runs so many different instructions, each once: arithmetic, loads, stores and branches."""
+    rng = random.Random(0)
+    lines = [".globl _start", "_start: mov x20, sp"]
+    for _ in range(instructions // 6):
+        a, b, c = (rng.randrange(16) for _ in range(3))
+        lines += [
+            f"add x{a}, x{b}, #{rng.randrange(4096)}",
+            f"str x{a}, [x20, #-{8 * rng.randrange(1, 32)}]",
+            f"ldr x{b}, [x20, #-{8 * rng.randrange(1, 32)}]",
+            f"{rng.choice(('eor', 'and', 'orr', 'sub'))} x{c}, x{a}, x{b}, lsl #{rng.randrange(64)}",
+            f"cmp x{c}, x{a}",
+            f"b.{rng.choice(('eq', 'hi', 'lt', 'pl'))} 1f\n1:",
+        ]
+    lines += ["mov x8, #93", "mov x0, #0", "svc #0", ""]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "cold.S"
+        source.write_text("\n".join(lines))
+        return build(source)
 
 
 def script(names: list[str]) -> str:
@@ -86,9 +115,9 @@ def main() -> None:
     args = parser.parse_args()
     require_qemu()
     fetched = guest(args.flavour)
-    programs = {}
+    programs: dict[str, bytes] = {}
     if shutil.which(GCC):
-        programs["sha256"] = sha256()
+        programs = {"sha256": sha256(), "cold": cold()}
     else:
         args.only = [name for name in args.only if not WORK[name].startswith("/")]
     initrd = with_init(fetched.initrd, script(args.only), programs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from avmm.hypervisor.softhv import Softhv
+from avmm.hypervisor.softhv import Softhv, SofthvVcpu
 from tests.firmware.test_guests import machine
 
 GUESTS = [
@@ -35,3 +35,24 @@ async def test_every_check_passes(
     assert outcome.reason == "power-off", (outcome, lines[-20:])
     assert not [line for line in lines if line.startswith("not ok")]
     assert f"1..{len([line for line in lines if line.startswith('ok ')])}" in lines
+
+
+async def test_a_guest_that_never_stops_writing_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of functions, each written, called and overwritten: memory for compiled code ends and starts anew."""
+    limit, counted, close = 256 << 10, list[dict[str, int]](), SofthvVcpu.close
+
+    def counting_close(vcpu: SofthvVcpu) -> None:
+        if not counted:
+            counted.append(vcpu.counters())
+        close(vcpu)
+
+    monkeypatch.setattr(Softhv, "COMPILE_AFTER", 0)
+    monkeypatch.setattr(Softhv, "CODE_LIMIT", limit)
+    monkeypatch.setattr(SofthvVcpu, "close", counting_close)
+    async with machine("smc_code", "softhv", 1, n=1500) as vm:
+        outcome = await vm.wait()
+        lines = vm.console.output.decode("ascii").splitlines()
+    assert outcome.reason == "power-off", (outcome, lines[-20:])
+    assert f"1..{len([line for line in lines if line.startswith('ok ')])}" in lines
+    assert counted[0]["compiled_bytes"] > 2 * limit, counted
+    assert counted[0]["flushes"] >= 2, counted
