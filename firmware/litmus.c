@@ -257,6 +257,36 @@ static void lock_free_stack(u64 self)
     meet();
 }
 
+// The same made to happen: between one CPU's load-exclusive and its store-exclusive another changes the value and changes
+// it back. Two CPUs.
+static void changed_back(u64 self)
+{
+    u64 end = start();
+    for (u64 i = 1; self < 2 && !over; i++) {
+        if (self == 0) {
+            u64 value;
+            u32 failed;
+            bool last = i >= 16 && counter() >= end;
+            __asm__ volatile("ldaxr %0, [%1]" : "=r"(value) : "r"(&x) : "memory");
+            store_release(&y, i);
+            while (load_acquire(&stop) != i)
+                __asm__ volatile("yield");
+            __asm__ volatile("stlxr %w0, %1, [%2]" : "=&r"(failed) : "r"(value), "r"(&x) : "memory");
+            bad[0] += !failed;
+            over = last;
+        } else {
+            while (load_acquire(&y) != i && !over)
+                __asm__ volatile("yield");
+            if (over)
+                break;
+            add(&x, 1);
+            add(&x, -1UL);
+            store_release(&stop, i);
+        }
+    }
+    meet();
+}
+
 // TLB shoot-down: once TLBI and DSB are done nobody reads the old page any more, so that it may be used for other things.
 static u64 level1[512] __attribute__((aligned(4096)));
 static u64 level2[512] __attribute__((aligned(4096)));
@@ -389,6 +419,8 @@ static void work(u64 self)
     }
     lock_free_stack(self);
     tell(self, "lock_free_stack");
+    changed_back(self);
+    tell(self, "store_exclusive_changed_back");
     shoot_down(self);
     tell(self, "shoot_down");
     patched_code(self);
