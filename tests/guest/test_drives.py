@@ -180,6 +180,34 @@ sleep 1000
         assert content[number * 131072 :][:131072] == wanted
 
 
+@booted_only("looks at the disk's file, which a restored VM does not write to")
+@needs_e2fsprogs
+@pytest.mark.parametrize("seed", [None, 1, 2])
+async def test_a_journal_outlives_a_power_cut(seed: int | None, debian: Fetched, tmp_path: Path) -> None:
+    """What a disk with a volatile cache had flushed is there, however much of the rest arrived."""
+    disk = sparse(tmp_path / "disk.img", 64 << 20)
+    run("mkfs.ext4", "-q", disk)
+    async with avmm.boot(debian.kernel, debian.initrd, drives=[disk]) as vm:
+        await vm.console.expect(READY, timeout=120)
+        code, said = await shell(vm, "mount -t ext4 /dev/vda /mnt")
+        assert code == 0, said
+        vm.drives[0].hold_writes()
+        vm.console.write(
+            b"i=0; while i=$((i + 1)); do yes $i | dd of=/mnt/$i bs=64k count=1 iflag=fullblock conv=fsync 2>/dev/null "
+            b"|| break; echo fl''ushed $i; done; echo no po''wer\n"
+        )
+        await vm.console.expect(b"flushed 20\r", timeout=120)
+        vm.drives[0].power_cut(seed=seed)
+        await vm.console.expect(b"no power", timeout=120)
+        flushed = max(int(number) for number in re.findall(rb"flushed (\d+)\r", vm.console.output))
+    run("sh", "-c", f"e2fsck -fy {disk} || [ $? = 1 ]")  # 1: it has replayed the journal
+    run("e2fsck", "-fn", disk)
+    for number in range(1, flushed + 1):
+        line = b"%d\n" % number
+        run("debugfs", "-R", f"dump /{number} {tmp_path}/found", disk)
+        assert (tmp_path / "found").read_bytes() == (line * 65536)[:65536]
+
+
 async def test_console_ports(debian: Fetched) -> None:
     async with avmm.boot(debian.kernel, debian.initrd, ports=["hvc0", "agent"]) as vm:
         await vm.console.expect(READY, timeout=120)

@@ -34,7 +34,7 @@ needs_root = pytest.mark.skipif(
     os.geteuid() != 0 or not os.path.exists("/dev/net/tun") or shutil.which("ip") is None,
     reason="makes a network namespace: as root, with /dev/net/tun and iproute2",
 )
-PACKAGES = ["iperf3", "wget", "curl", "git", "ca-certificates", "apt", "apache2-utils"]
+PACKAGES = ["iperf3", "wget", "curl", "git", "ca-certificates", "apt", "apache2-utils", "socat", "iputils-ping"]
 
 
 async def guest_of(vm: avmm.VirtualMachine) -> avmm.VirtualMachine:
@@ -87,7 +87,7 @@ async def test_wget_dns_served_and_published_ports_and_a_recording(debian: Fetch
     (tmp_path / "www").mkdir()
     data = os.urandom(8 << 20)
     (tmp_path / "www" / "big").write_bytes(data)
-    booting = avmm.boot(debian.kernel, debian.initrd, net="user", publish=["0:80", "0:7000/udp"], pcap=tmp_path / "cap")
+    booting = avmm.boot(debian.kernel, debian.initrd, net="user", publish=["0:80"], pcap=tmp_path / "cap")
     with web(tmp_path / "www") as port:
         async with booting as vm:
             await guest_of(vm)
@@ -98,7 +98,7 @@ async def test_wget_dns_served_and_published_ports_and_a_recording(debian: Fetch
             assert "hello from the test" in await check(vm, "wget -qO- http://api.test:8000/")
             # Out of the guest through a published port, by curl.
             await check(vm, "mkdir /www && head -c 4000000 /dev/urandom >/www/file && httpd -h /www; md5sum /www/file")
-            (where, published), _ = vm.net.published
+            ((where, published),) = vm.net.published
             await on_host("curl", "-sS", "-o", tmp_path / "back", f"http://{where}:{published}/file")
             found = hashlib.md5((tmp_path / "back").read_bytes()).hexdigest()
             assert found in await check(vm, "md5sum /www/file")
@@ -371,6 +371,34 @@ async def test_iperf_and_a_thousand_connections_at_once(image: Path) -> None:
         assert re.search(r"Failed requests: +0\n", said), said
         assert there == 1001
         assert vm.counters()["guest_errors"]["net0"] == 0
+
+
+@long_restored
+async def test_pings_and_published_ports(image: Path) -> None:
+    async with booted(image, net="user", publish=["0:7000", "0:7000/udp"]) as guest:
+        said = await guest.check("/bin/ping -c 3 -w 60 -i 0.2 -s 3000 10.0.2.2")
+        assert " 3 received" in said
+        done = await guest.run("/bin/ping -c 1 -W 30 192.0.2.1")  # of nobody's: it is refused, not waited for
+        assert done.code != 0
+        assert "Packet filtered" in done.output
+        await guest.check(
+            "for each in UDP-RECVFROM TCP-LISTEN; do socat -b 65536 $each:7000,fork PIPE </dev/null >/dev/null 2>&1 & "
+            "done; until grep -q ':1B58 .* 0A ' /proc/net/tcp && grep -q ':1B58 ' /proc/net/udp; do sleep 0.1; done"
+        )
+        tcp, udp = guest.vm.net.published
+        async with asyncio.timeout(60):
+            reader, writer = await asyncio.open_connection(*tcp)
+            writer.write(b"over TCP")
+            assert await reader.readexactly(8) == b"over TCP"
+            writer.close()
+            loop = asyncio.get_running_loop()
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as caller:
+                caller.setblocking(False)
+                caller.connect(udp)
+                for size in (1, 1472, 8000):  # the last in fragments
+                    data = os.urandom(size)
+                    await loop.sock_sendall(caller, data)
+                    assert await loop.sock_recv(caller, 65536) == data
 
 
 @long_restored
