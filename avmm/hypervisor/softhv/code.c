@@ -9,7 +9,8 @@ enum {
     ARENA_SIZE = 64 << 20,
     BLOCK_BYTES = sizeof(struct block) + (BLOCK_MAX + 1) * sizeof(struct uop),
     BUCKETS = 1 << 15,
-    PAGE_BUCKETS = 1 << 12
+    PAGE_BUCKETS = 1 << 12,
+    COMPILED_MAX = 128
 };
 
 /* A page of guest code, in the arena. It outlives its blocks, until the next flush. */
@@ -17,6 +18,8 @@ struct code_page {
     uint64_t pa;
     struct code_page *next;
     struct block *blocks;
+    uint64_t *compiled; /* of these, COMPILED_MAX at most, small and in a row: see code_compiled() */
+    uint16_t compiled_count, compiled_room;
 };
 
 /*
@@ -48,6 +51,7 @@ bool code_create(struct vcpu *c) {
     madvise(code->arena, ARENA_SIZE, MADV_HUGEPAGE);
 #endif
     c->cache = code;
+    c->arena = code->arena;
     return true;
 }
 
@@ -95,8 +99,6 @@ void code_flush(struct vcpu *c) {
 
 bool code_full(const struct vcpu *c) { return c->cache->used > ARENA_SIZE - 2 * (BLOCK_BYTES + 2 * 64); }
 
-const uint8_t *code_arena(const struct vcpu *c) { return c->cache->arena; }
-
 struct block *code_block(struct vcpu *c, uint64_t pa, const uint8_t *host) {
     struct code *code = c->cache;
     struct block *block = code->bucket[bucket_of(pa)];
@@ -127,6 +129,35 @@ struct block *code_block(struct vcpu *c, uint64_t pa, const uint8_t *host) {
     *bucket = block;
     counter_add(&c->counters.blocks, 1);
     return block;
+}
+
+void code_compiled(struct vcpu *c, const struct block *block) {
+    struct code_page *page = find_page(c->cache, block->pa & ~(uint64_t)(PAGE_SIZE - 1));
+    if (page->compiled_count == page->compiled_room) {
+        unsigned room = page->compiled_room ? 2 * page->compiled_room : 8;
+        if (room > COMPILED_MAX || code_full(c))
+            return;
+        uint64_t *larger = take(c->cache, room * sizeof *larger);
+        for (unsigned i = 0; i < page->compiled_count; i++)
+            larger[i] = page->compiled[i];
+        page->compiled = larger;
+        page->compiled_room = (uint16_t)room;
+    }
+    uint64_t at = (uint64_t)((const uint8_t *)block - c->arena) >> 6, word = block->pa >> 2 & 0x3ff;
+    uint64_t code = (uint64_t)((const uint8_t *)block->code - c->code_base);
+    page->compiled[page->compiled_count++] = code << 32 | at << 10 | word;
+}
+_Static_assert(ARENA_SIZE >> 6 <= 1 << 22, "a block's place in 22 bits");
+
+/* A page that is new to an address space is rarely new to the vCPU. */
+void code_offer(struct vcpu *c, uint64_t va, uint64_t pa) {
+    const struct code_page *page = find_page(c->cache, pa);
+    for (unsigned i = 0; page && i < page->compiled_count; i++) {
+        uint64_t known = page->compiled[i];
+        struct jump_entry entry = {va | (known & 0x3ff) << 2, (uint32_t)(known >> 10 & 0x3fffff) << 6,
+                                   (uint32_t)(known >> 32)};
+        jump_offer(c, entry);
+    }
 }
 
 /* How often was the block at `pa` run? Known exactly up to when it is compiled. */
@@ -167,6 +198,7 @@ static void drop_page(struct vcpu *c, struct code_page *page) {
         block->cold = 0;
     }
     page->blocks = NULL;
+    page->compiled_count = 0;
     counter_add(&c->counters.invalidations, 1);
 }
 

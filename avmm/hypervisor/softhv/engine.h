@@ -1,8 +1,9 @@
 /*
  * The engine's insides: what a vCPU is, what a decoded instruction is, and who may call what.
  *
- *   vm.c         VMs, guest RAM, hv_vm_*                    mmu.c        page table walks, the TLB
- *   vcpu.c       vCPU life, registers, kicks                exception.c  taking exceptions to EL1
+ *   vm.c         VMs, guest RAM, hv_vm_*                    mmu.c        page table walks
+ *   vcpu.c       vCPU life, registers, kicks                tlb.c        what is kept of them, and how it is forgotten
+ *   exception.c  taking exceptions to EL1
  *   run.c        hv_vcpu_run: dispatch, polling, the timer  sysreg.c     system registers
  *   mail.c       what vCPUs make each other forget          gic.c        an interrupt controller inside, on request
  *   decode.c     tables, instruction -> uop, blocks         code.c       the cache of blocks
@@ -80,6 +81,7 @@ typedef union {
 } vreg;
 
 struct vm;
+struct ram;
 struct vcpu;
 struct block;
 struct gic;
@@ -195,11 +197,14 @@ struct block {
     struct uop uops[];    /* count, then the end-of-block uop */
 };
 
-/* ---- The TLB ---------------------------------------------------------------------------------------------------- */
+/* ---- The TLBs ---------------------------------------------------------------------------------------------------- */
 
-enum { TLB_BITS = 9, TLB_SIZE = 1 << TLB_BITS };
+enum { TLB_BITS = 11, TLB_SIZE = 1 << TLB_BITS };
 enum { MMU_EL0, MMU_EL1, MMU_EL1_PAN, MMU_COUNT }; /* whose permissions: the index of a bank */
-#define TLB_NONE UINT64_C(0xfff) /* matches no page address */
+#define PAGE_MASK (~(uint64_t)(PAGE_SIZE - 1))
+#define TLB_NONE (~UINT64_C(0)) /* matches no page address */
+
+static inline unsigned half_of(uint64_t va) { return va >> 55 & 1; } /* of the address space */
 
 /*
  * One 4 KiB page of RAM. `read` and `write` hold the page's VA, tag and all, when such accesses may go straight to
@@ -213,7 +218,7 @@ struct tlb_entry {
 _Static_assert(sizeof(struct tlb_entry) == 1 << 5, "MEM_FAST() scales by 32");
 
 /* One 4 KiB page that may be executed. */
-enum { FETCH_BITS = 8, FETCH_SIZE = 1 << FETCH_BITS };
+enum { FETCH_BITS = 9, FETCH_SIZE = 1 << FETCH_BITS };
 struct fetch_entry {
     uint64_t va; /* TLB_NONE when empty */
     uint64_t pa;
@@ -221,16 +226,62 @@ struct fetch_entry {
 };
 
 /* Blocks by virtual address, to leave the fast path of branches in one compare. */
-enum { JUMP_BITS = 13, JUMP_SIZE = 1 << JUMP_BITS };
 struct jump_entry {
-    uint64_t pc;       /* ~0 when empty */
-    struct block *block;
-    const void *code; /* the block's, when the dispatcher has seen it compiled here */
+    uint64_t pc;    /* ~0 when empty */
+    uint32_t block; /* from vcpu.arena */
+    uint32_t code;  /* the block's, from vcpu.code_base, when the dispatcher has seen it compiled here, or 0 */
 };
+_Static_assert(sizeof(struct jump_entry) == 1 << 4, "jump_offset() scales by 16");
+enum { JUMP_BITS_EL0 = 13, JUMP_BITS_EL1 = 14 };
 /* The blocks of one page lie in one aligned row of JUMP_ROW entries: what TLBI by VA clears. */
 enum { JUMP_ROW = 1 << (PAGE_BITS - 2) };
-/* Where a PC belongs; where it is when another had come first: the neighbour, by the lowest bit. */
-static inline unsigned jump_index(uint64_t pc) { return ((pc >> 2) ^ (pc >> 13)) & (JUMP_SIZE - 1); }
+/* Where a PC belongs, in bytes under a mask. When another had come first it is in the neighbour: ^ JUMP_OTHER. */
+static inline uint32_t jump_offset(uint64_t pc) { return (uint32_t)(pc << 2 ^ pc >> 9); }
+enum { JUMP_OTHER = sizeof(struct jump_entry) };
+
+/* A few ranges of addresses that hold all of a set, and as little else as they can. */
+enum { PLACES_MAX = 8 };
+struct places {
+    uint32_t count;
+    uint8_t page_bits; /* log2 of the largest mapping in it */
+    struct { uint64_t low, high; } at[PLACES_MAX]; /* inclusive */
+};
+
+/* What a cache holds of one half of the address space, so that flushes can be narrow. */
+struct held {
+    bool any, global, nonglobal;
+    /* Of data: mappings larger than 4 KiB that have pieces here, for which TLBI by VA looks at all. Of code: all. */
+    struct places places;
+};
+
+struct data_tlb {
+    struct tlb_entry at[TLB_SIZE]; /* first: compiled code takes its address for the whole's */
+    struct held held[2];
+};
+struct code_tlb {
+    struct fetch_entry fetch[FETCH_SIZE];
+    struct jump_entry *jump;
+    uint32_t jump_mask; /* in bytes */
+    uint64_t gen;       /* changes, to what no other has or had, whenever anything leaves jump[]: see leave_far() */
+    struct held held[2];
+};
+
+/* What EL0 sees by one TTBR0 and ASID. A vCPU keeps some, so that going back to one finds it warm. */
+enum { SPACES = 6 };
+struct space {
+    _Alignas(64) struct jump_entry jump[1 << JUMP_BITS_EL0];
+    struct data_tlb data;
+    struct code_tlb code;
+    uint64_t base, asid;
+    uint64_t used; /* when, by vcpu.space_uses; 0: never, and not even empty */
+};
+
+static inline struct tlb_entry *tlb_entry(struct data_tlb *tlb, uint64_t va) {
+    return &tlb->at[(va >> PAGE_BITS) & (TLB_SIZE - 1)];
+}
+static inline struct fetch_entry *fetch_entry(struct code_tlb *code, uint64_t va) {
+    return &code->fetch[(va >> PAGE_BITS) & (FETCH_SIZE - 1)];
+}
 
 /* ---- System registers that hold plain state (the rest is computed in sysreg.c) ---------------------------------- */
 
@@ -268,14 +319,6 @@ struct mail {
 };
 
 enum { SCRATCH_COUNT = 8 };
-/* A few ranges of addresses that hold all of a set, and as little else as they can. */
-enum { PLACES_MAX = 8 };
-struct places {
-    uint32_t count;
-    uint8_t page_bits; /* log2 of the largest mapping in it */
-    struct { uint64_t low, high; } at[PLACES_MAX]; /* inclusive */
-};
-
 struct vcpu {
     uint64_t x[R_COUNT];
     uint64_t scratch[SCRATCH_COUNT]; /* registers of compiled code's own, numbered from R_COUNT on */
@@ -288,7 +331,15 @@ struct vcpu {
     uint32_t daif;      /* PSTATE.DAIF in bits 9:6 */
     uint8_t el, spsel, pan, uao, ssbs, dit, ss, il;
     uint8_t mmu_idx;    /* of plain loads and stores: MMU_* by el and pan */
-    struct tlb_entry *bank; /* tlb[mmu_idx], for compiled code */
+    struct data_tlb *bank; /* tlb[mmu_idx], for compiled code */
+    struct data_tlb *tlb[MMU_COUNT]; /* the current space's, kernel_data[] */
+    struct code_tlb *code[2];        /* by EL: the current space's, kernel_code */
+    struct jump_entry *jump;         /* the current EL's; see jump_offset() */
+    uint32_t jump_mask;
+    int32_t stale_links; /* how many more are passed by before one is linked anew */
+    uint64_t link_now;    /* code[el]->gen */
+    const uint8_t *code_base; /* the back end's code memory, as it is run */
+    uint8_t *arena;           /* where all blocks lie */
     bool fp_trap;       /* FP/SIMD instructions trap at this EL: kept by update_fp_trap() */
     bool irq_line, fiq_line; /* hv_vcpu_set_pending_interrupt */
     bool step_armed;    /* MDSCR_EL1.SS, and the OS lock is open */
@@ -312,16 +363,13 @@ struct vcpu {
     } monitor;        /* the exclusive monitor: exec_atomic.c */
     struct sysregs sys;
     uint64_t vtimer_offset;
-    struct tlb_entry tlb[MMU_COUNT][TLB_SIZE];
-    struct fetch_entry fetch[2][FETCH_SIZE]; /* by EL */
-    struct jump_entry jump[2][JUMP_SIZE]; /* by EL */
-    /* What the caches above hold, by half of the address space (VA bit 55), so that flushes can be narrow. */
-    bool cached[2];       /* anything */
-    bool jump_half[2][2]; /* by EL and half: blocks */
-    bool nonglobal[2];    /* pages of the current ASID only */
-    bool cached_data[MMU_COUNT][2];
-    struct places large_data[2]; /* mappings larger than 4 KiB that have pieces here: for these TLBI by VA looks at all */
-    struct places code[2];       /* where code was run from, in whole mappings */
+    struct space *space; /* the current one of: */
+    struct space spaces[SPACES];
+    uint64_t space_uses;
+    struct data_tlb kernel_data[2]; /* MMU_EL1, MMU_EL1_PAN */
+    struct code_tlb kernel_code;
+    _Alignas(64) struct jump_entry kernel_jump[1 << JUMP_BITS_EL1];
+    uint64_t gens; /* the latest code_tlb.gen */
     struct code *cache; /* of decoded blocks: code.c */
     struct jit *jit;   /* and compiled ones, the back end's; NULL: none */
     struct mail mail;
@@ -333,8 +381,6 @@ struct vcpu {
     uint64_t icount;  /* instructions retired */
     const void *jit_link, *jit_far; /* see jit.h */
     uint64_t jit_far_page;
-    uint64_t link_gen[2]; /* by EL: changes, and never back, whenever anything leaves jump[el]; in no two ELs equal */
-    uint64_t link_now;    /* the current EL's */
     struct vm *vm;
     struct gic_cpu *gic; /* gic.c's; NULL: interrupts are the host's */
     hv_vcpu_t handle;
@@ -350,6 +396,7 @@ struct vcpu {
     hv_vcpu_exit_t exit;
     softhv_counters_t counters;
     uint64_t exec_ns; /* host time its turns took */
+    void *memory;     /* the allocator's, not aligned */
 };
 
 static inline uint64_t pc_of(const struct vcpu *c, const struct uop *u) { return c->block_pc + u->off; }
@@ -362,6 +409,10 @@ static inline bool leave_for(struct vcpu *c, const struct uop *u, uint64_t targe
 }
 /* Look at interrupts, time and requests before the next block. */
 static inline void force_poll(struct vcpu *c) { c->slice -= c->budget; c->budget = 0; }
+
+static inline struct jump_entry *jump_entry(const struct vcpu *c, uint32_t offset) {
+    return (struct jump_entry *)((char *)c->jump + (offset & c->jump_mask));
+}
 
 /* Counters are written by the vCPU's own thread and read by any: each is one word, whole. */
 static inline void counter_set(uint64_t *counter, uint64_t value) {
@@ -401,7 +452,7 @@ uint64_t untag(const struct vcpu *c, uint64_t va);
 
 /* The entry's offset is computed in one go: compilers make three of the array's two indexes. */
 #define MEM_FAST(kind, va, size)                                                                                  \
-    struct tlb_entry *e = (struct tlb_entry *)((char *)c->tlb[idx] +                                               \
+    struct tlb_entry *e = (struct tlb_entry *)((char *)c->tlb[idx]->at +                                               \
                                                (((va) >> (PAGE_BITS - 5)) & ((TLB_SIZE - 1) << 5)));               \
     if (likely((((va) + (size)-1) & ~(uint64_t)(PAGE_SIZE - 1)) == e->kind))
 
@@ -441,12 +492,25 @@ struct translation mmu_translate(struct vcpu *c, uint64_t va, enum access access
 bool mmu_cache_op(struct vcpu *c, const struct uop *u, uint64_t va, bool write, uint64_t *pa);
 /* Host pointer to the instruction at c->pc (its tag removed) and its PA; false: exception taken or exit prepared. */
 bool mmu_fetch(struct vcpu *c, uint64_t *pa, const uint8_t **host);
-void tlb_flush_all(struct vcpu *c);
-void tlb_flush_va(struct vcpu *c, uint64_t va); /* `va`: any address in the page */
-void tlb_flush_half(struct vcpu *c, unsigned half); /* of the address space, by VA bit 55 */
-void tlb_flush_asid(struct vcpu *c);            /* what belongs to the current address space */
-void tlb_drop_code(struct vcpu *c);             /* pointers to blocks */
+#define TTBR_BASE ((UINT64_C(1) << 48) - 2) /* bit 0 is CnP, 63:48 the ASID */
 uint64_t mmu_asid(const struct vcpu *c);
+uint64_t mmu_asid_in(const struct vcpu *c, uint64_t value); /* bits 63:48, as TCR_EL1.AS has it */
+
+/* ---- tlb.c ------------------------------------------------------------------------------------------------------ */
+
+void tlb_create(struct vcpu *c);
+void tlb_fill(struct vcpu *c, uint64_t va, unsigned idx, const struct translation *t, const struct ram *ram);
+void fetch_fill(struct vcpu *c, const struct translation *t, const struct ram *ram); /* of the page at c->pc */
+struct jump_entry *jump_fill(struct vcpu *c, uint64_t pc, const struct block *block);
+void jump_offer(struct vcpu *c, struct jump_entry entry); /* the same where nothing has to go for it */
+void jump_see(struct vcpu *c); /* after el or code[el] has changed */
+void tlb_flush_all(struct vcpu *c);
+#define ANY_ASID (~UINT64_C(0))
+void tlb_flush_va(struct vcpu *c, uint64_t va, uint64_t asid); /* `va`: any address in the page */
+void tlb_flush_asid(struct vcpu *c, uint64_t asid);
+void tlb_drop_code(struct vcpu *c); /* pointers to blocks */
+void tlb_new_base(struct vcpu *c, unsigned half); /* TTBR0 or TTBR1 has changed */
+void tlb_new_asid(struct vcpu *c);
 
 /* ---- exception.c: all return false, so that an op can `return exc_...` ------------------------------------------ */
 
@@ -574,7 +638,12 @@ struct block *code_block(struct vcpu *c, uint64_t pa, const uint8_t *host); /* f
 /* For the compiler, as decode_trace() has it; NULL: nothing to gain. */
 const struct block *code_trace(struct vcpu *c, const struct block *block, uint16_t at[BLOCK_MAX + 1]);
 bool code_full(const struct vcpu *c);
-const uint8_t *code_arena(const struct vcpu *c); /* where all blocks lie */
+static inline const uint8_t *code_arena(const struct vcpu *c) { return c->arena; }
+static inline struct block *jump_block(const struct vcpu *c, const struct jump_entry *jump) {
+    return (struct block *)(c->arena + jump->block);
+}
+void code_compiled(struct vcpu *c, const struct block *block);
+void code_offer(struct vcpu *c, uint64_t va, uint64_t pa); /* a page: its compiled blocks to the jump cache */
 void code_invalidate(struct vcpu *c, uint64_t pa, uint64_t size);
 void code_flush(struct vcpu *c);
 bool code_create(struct vcpu *c);

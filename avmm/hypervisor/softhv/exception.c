@@ -49,7 +49,7 @@ static uint64_t *sp_bank(struct vcpu *c) { return c->spsel ? &c->sys.sp_el1 : &c
 static void set_mode(struct vcpu *c, unsigned el, unsigned spsel) {
     *sp_bank(c) = c->x[R_SP];
     c->el = (uint8_t)el;
-    c->link_now = c->link_gen[el];
+    jump_see(c);
     c->spsel = (uint8_t)spsel;
     c->x[R_SP] = *sp_bank(c);
 }

@@ -305,12 +305,13 @@ OP(ic_ivau) {
 enum { VMALLE1 = 0, VAE1 = 1, ASIDE1 = 2, VAAE1 = 3, VALE1 = 5, VAALE1 = 7 };
 
 void tlbi(struct vcpu *c, unsigned op, uint64_t argument) {
+    uint64_t asid = mmu_asid_in(c, argument), va = (uint64_t)((int64_t)(argument << 20) >> 8);
     if (op == VMALLE1)
         tlb_flush_all(c);
-    else if (op != ASIDE1)
-        tlb_flush_va(c, (uint64_t)((int64_t)(argument << 20) >> 8));
-    else if (argument >> 48 == mmu_asid(c))
-        tlb_flush_asid(c);
+    else if (op == ASIDE1)
+        tlb_flush_asid(c, asid);
+    else
+        tlb_flush_va(c, va, op == VAAE1 || op == VAALE1 ? ANY_ASID : asid);
 }
 
 /* The others hear of the broadcast before this vCPU's next DSB has completed (D8.13.5). */

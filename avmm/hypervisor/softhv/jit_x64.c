@@ -32,6 +32,8 @@ bool host_has_sha(void) { return sha; }
 /* Where leave_far() has what is patched, from its first instruction on. */
 enum { FAR_GEN = 2, FAR_PAGE = 25, FAR_JUMP = 50 };
 #define NOT_LINKED (~UINT64_C(0))
+/* A link made in another address space is followed by looking its target up; one in so many is made anew instead. */
+enum { STALE_LINKS = 64 };
 
 /* ---- Guest registers in host registers --------------------------------------------------------------------------- */
 
@@ -651,6 +653,7 @@ void jit_link(struct vcpu *c, const void *code) {
     if (c->jit_link) {
         point(jit->write + ((const uint8_t *)c->jit_link - jit->exec), target);
     } else if (c->jit_far) {
+        c->stale_links = STALE_LINKS;
         uint8_t *far = jit->write + ((const uint8_t *)c->jit_far - jit->exec);
         memcpy(far + FAR_GEN, &c->link_now, 8);
         memcpy(far + FAR_PAGE, &c->jit_far_page, 8);
@@ -699,30 +702,23 @@ static void emit_lookup(struct emit *e, const uint8_t *leave) {
     op_rm(e, 0, 0xf6, 0, CPU, AT(poll));
     byte(e, POLL_NOW);
     point(jcc(e, NE), leave);
-    mov(e, 0, RCX, RAX);
-    shift(e, 0, SHR, RCX, 2);
+    mov(e, 0, RCX, RAX); /* jump_offset() */
+    shift(e, 0, SHL, RCX, 2);
     mov(e, 1, RDX, RAX);
-    shift(e, 1, SHR, RDX, 13);
+    shift(e, 1, SHR, RDX, 9);
     alu(e, 0, XOR, RCX, RDX);
-    alu_imm(e, 0, AND, RCX, JUMP_SIZE - 1);
-    op_rm(e, 0, 0x0fb6, RDX, CPU, AT(el));
-    shift(e, 0, SHL, RDX, JUMP_BITS);
-    alu(e, 0, ADD, RDX, RCX);
-    uint8_t *found = NULL;
-    for (unsigned way = 0; way < 2; way++) { /* see jump_index() */
-        if (way)
-            alu_imm(e, 0, XOR, RDX, 1);
-        op_rx(e, 0, 0x8d, RCX, RDX, RDX, 1);
-        op_rx(e, 1, 0x8d, RCX, CPU, RCX, 3);
-        op_rm(e, 1, 0x3b, RAX, RCX, AT(jump) + (int32_t)offsetof(struct jump_entry, pc));
-        if (!way)
-            found = jcc(e, E);
-    }
+    op_rm(e, 0, 0x23, RCX, CPU, AT(jump_mask));
+    op_rm(e, 1, 0x03, RCX, CPU, AT(jump));
+    op_rm(e, 1, 0x3b, RAX, RCX, offsetof(struct jump_entry, pc));
+    uint8_t *found = jcc(e, E);
+    alu_imm(e, 1, XOR, RCX, JUMP_OTHER); /* jump[] is aligned to pairs */
+    op_rm(e, 1, 0x3b, RAX, RCX, offsetof(struct jump_entry, pc));
     point(jcc(e, NE), leave);
     here(e, found);
-    load(e, 1, RCX, RCX, AT(jump) + (int32_t)offsetof(struct jump_entry, code));
-    test(e, 1, RCX, RCX);
+    load(e, 0, RCX, RCX, offsetof(struct jump_entry, code));
+    test(e, 0, RCX, RCX);
     point(jcc(e, E), leave);
+    op_rm(e, 1, 0x03, RCX, CPU, AT(code_base));
     mov(e, 1, PAGE, RAX);
     alu_imm(e, 1, AND, PAGE, -PAGE_SIZE);
     op_rr(e, 0, 0xff, 4, RCX);
@@ -773,6 +769,8 @@ static void emit_stubs(struct emit *e, struct vcpu *c) {
     op_rm(e, 1, 0x83, CMP, RSI, FAR_GEN);
     byte(e, (uint8_t)NOT_LINKED);
     point(jcc(e, E), leave_far);
+    alu_mem_imm(e, SUB, CPU, AT(stale_links), 1);
+    point(jcc(e, LE), leave_far);
     emit_lookup(e, leave_far);
 
     align(e); /* EAX: offset in the page of code that was dropped. */
@@ -861,9 +859,7 @@ static void emit_stubs(struct emit *e, struct vcpu *c) {
     align(e);
 }
 
-_Static_assert(sizeof(struct jump_entry) == 3 * 8, "the stub `lookup` scales by it");
 _Static_assert(offsetof(struct vcpu, scratch) == 8 * R_COUNT, "they follow x[]");
-_Static_assert(offsetof(struct vcpu, jump) < INT32_MAX, "displacements");
 
 static int by_op(const void *a, const void *b) {
     uintptr_t one = (uintptr_t)plain_of[*(const uint16_t *)a], other = (uintptr_t)plain_of[*(const uint16_t *)b];
@@ -938,6 +934,8 @@ void jit_create(struct vcpu *c) {
         return;
     struct emit *e = &(struct emit){.jit = jit, .p = jit->write};
     emit_stubs(e, c);
+    c->code_base = jit->exec;
+    c->stale_links = STALE_LINKS;
     jit->used = jit->stubs = (size_t)(e->p - jit->write);
     jit->threshold = c->vm->jit_threshold;
     jit->limit = c->vm->jit_limit ? c->vm->jit_limit : CODE_SIZE;

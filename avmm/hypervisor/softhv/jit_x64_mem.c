@@ -29,8 +29,7 @@ static void translate(struct emit *e, struct outlined *o, unsigned size, bool wr
     if (unprivileged) {
         cmp_byte(e, AT(uao), 0); /* the op's affair: it counts at EL1 only */
         also_from(o, jcc(e, NE));
-        lea(e, 1, RDX, CPU, AT(tlb[MMU_EL0]));
-        alu(e, 1, ADD, RCX, RDX);
+        op_rm(e, 1, 0x03, RCX, CPU, AT(tlb[MMU_EL0]));
     } else {
         op_rm(e, 1, 0x03, RCX, CPU, AT(bank));
     }

@@ -1,4 +1,4 @@
-/* The EL1&0 translation regime (D8), the TLBs, and the slow paths of loads and stores. */
+/* The EL1&0 translation regime (D8), instruction fetch, and the slow paths of loads and stores. */
 #include "engine.h"
 
 enum { /* fault status codes; the level goes into bits 1:0 (D17.2.37, DFSC) */
@@ -6,13 +6,10 @@ enum { /* fault status codes; the level goes into bits 1:0 (D17.2.37, DFSC) */
     FAULT_EXTERNAL_WALK = 0x14, FAULT_ALIGNMENT = 0x21, FAULT_STAGE2_TRANSLATION = 0x07, FAULT_STAGE2_PERMISSION = 0x0f
 };
 enum { PA_BITS = 40 /* ID_AA64MMFR0_EL1.PARange */ };
-#define PAGE_MASK (~(uint64_t)(PAGE_SIZE - 1))
 #define BIT(n) (UINT64_C(1) << (n))
 #define TCR_EPD(upper) BIT((upper) ? 23 : 7)
 #define TCR_TBI(upper) BIT(37 + (upper))
 #define TCR_E0PD(upper) BIT(55 + (upper))
-
-static inline unsigned half_of(uint64_t va) { return va >> 55 & 1; }
 
 uint64_t untag(const struct vcpu *c, uint64_t va) {
     if (!(c->sys.tcr & TCR_TBI(half_of(va))))
@@ -20,10 +17,12 @@ uint64_t untag(const struct vcpu *c, uint64_t va) {
     return (uint64_t)((int64_t)(va << 8) >> 8);
 }
 
+uint64_t mmu_asid_in(const struct vcpu *c, uint64_t value) {
+    return c->sys.tcr & BIT(36) ? value >> 48 : value >> 48 & 0xff; /* TCR_EL1.AS */
+}
+
 uint64_t mmu_asid(const struct vcpu *c) {
-    bool from_ttbr1 = c->sys.tcr >> 22 & 1; /* TCR_EL1.A1 */
-    uint64_t asid = (from_ttbr1 ? c->sys.ttbr1 : c->sys.ttbr0) >> 48;
-    return c->sys.tcr & BIT(36) ? asid : asid & 0xff; /* TCR_EL1.AS */
+    return mmu_asid_in(c, c->sys.tcr >> 22 & 1 ? c->sys.ttbr1 : c->sys.ttbr0); /* TCR_EL1.A1 */
 }
 
 /* ---- The walk --------------------------------------------------------------------------------------------------- */
@@ -130,190 +129,6 @@ struct translation mmu_translate(struct vcpu *c, uint64_t va, enum access access
     return t;
 }
 
-/* ---- The TLBs --------------------------------------------------------------------------------------------------- */
-
-static void note_cached(struct vcpu *c, uint64_t va, const struct translation *t) {
-    unsigned half = half_of(va);
-    c->cached[half] = true;
-    if (!t->global)
-        c->nonglobal[half] = true;
-    counter_add(&c->counters.tlb_misses, 1);
-}
-
-/* Whatever tag the VA has. */
-static uint64_t canonical(uint64_t va) { return (uint64_t)((int64_t)(va << 8) >> 8); }
-
-static bool places_have(const struct places *places, uint64_t va) {
-    va = canonical(va);
-    for (uint32_t i = 0; i < places->count; i++)
-        if (va >= places->at[i].low && va <= places->at[i].high)
-            return true;
-    return false;
-}
-
-/* The mapping of that size around `va`: by itself, as part of a range it touches, or of the nearest if none is free. */
-static void places_add(struct places *places, uint64_t va, unsigned page_bits) {
-    uint64_t low = canonical(va) & ~(BIT(page_bits) - 1), high = low + (BIT(page_bits) - 1), nearest = UINT64_MAX;
-    uint32_t best = places->count;
-    for (uint32_t i = 0; i < places->count; i++) {
-        uint64_t gap = low > places->at[i].high   ? low - places->at[i].high
-                       : places->at[i].low > high ? places->at[i].low - high
-                                                  : 0;
-        if (gap < nearest && (gap <= BIT(16) || places->count == PLACES_MAX)) {
-            nearest = gap;
-            best = i;
-        }
-    }
-    if (best == places->count) {
-        places->at[places->count].low = low;
-        places->at[places->count++].high = high;
-    } else {
-        if (places->at[best].low > low)
-            places->at[best].low = low;
-        if (places->at[best].high < high)
-            places->at[best].high = high;
-    }
-    if (places->page_bits < page_bits)
-        places->page_bits = (uint8_t)page_bits;
-}
-
-static void places_clear(struct places *places) { places->count = places->page_bits = 0; }
-
-static void tlb_fill(struct vcpu *c, uint64_t va, unsigned idx, const struct translation *t, struct ram *ram) {
-    struct tlb_entry *e = &c->tlb[idx][(va >> PAGE_BITS) & (TLB_SIZE - 1)];
-    uint64_t page = va & PAGE_MASK, pa = t->pa & PAGE_MASK;
-    bool direct = !t->device && !(c->sys.sctlr & SCTLR_A);
-    e->read = direct && t->read && ram->flags & HV_MEMORY_READ ? page : TLB_NONE;
-    e->write = e->read == page && t->write && ram->flags & HV_MEMORY_WRITE ? page : TLB_NONE; /* see struct group */
-    e->addend = (uintptr_t)(ram->host + (pa - ram->ipa)) - (uintptr_t)page;
-    e->pa = pa | t->page_bits;
-    note_cached(c, va, t);
-    c->cached_data[idx][half_of(va)] = true;
-    if (t->page_bits > PAGE_BITS)
-        places_add(&c->large_data[half_of(va)], va, t->page_bits);
-}
-
-static inline bool in_half(uint64_t va, unsigned half) { return va != TLB_NONE && half_of(va) == half; }
-
-/* `count` is a whole number of rows. Empty is a PC that no guest gets here with: ~0, but where ~0 itself belongs. */
-static void jump_clear(struct vcpu *c, unsigned el, unsigned first, unsigned count) {
-    struct jump_entry *jump = c->jump[el];
-    memset(&jump[first], 0xff, count * sizeof *jump);
-    unsigned own = jump_index(UINT64_MAX) & ~1u;
-    if (own - first < count)
-        jump[own].pc = jump[own + 1].pc = UINT64_MAX - 8; /* of another index */
-    c->link_gen[el] += 2;
-    c->link_now = c->link_gen[c->el];
-}
-
-static void drop_row(struct vcpu *c, unsigned el, uint64_t va) {
-    jump_clear(c, el, jump_index(va) & ~(unsigned)(JUMP_ROW - 1), JUMP_ROW);
-}
-
-static void fetch_fill(struct vcpu *c, struct fetch_entry *e, const struct translation *t, struct ram *ram) {
-    uint64_t pa = t->pa & PAGE_MASK;
-    *e = (struct fetch_entry){c->pc & PAGE_MASK, pa, ram->host + (pa - ram->ipa)};
-    note_cached(c, c->pc, t);
-    places_add(&c->code[half_of(c->pc)], c->pc, t->page_bits);
-}
-
-static void drop_code_of(struct vcpu *c, unsigned el) {
-    jump_clear(c, el, 0, JUMP_SIZE);
-    c->jump_half[el][0] = c->jump_half[el][1] = false;
-}
-
-void tlb_flush_half(struct vcpu *c, unsigned half) {
-    if (!c->cached[half])
-        return;
-    for (unsigned idx = 0; idx < MMU_COUNT; idx++) {
-        for (unsigned i = 0; c->cached_data[idx][half] && i < TLB_SIZE; i++) {
-            struct tlb_entry *e = &c->tlb[idx][i];
-            if (in_half(e->read, half) || in_half(e->write, half))
-                e->read = e->write = TLB_NONE;
-        }
-        c->cached_data[idx][half] = false;
-    }
-    places_clear(&c->large_data[half]);
-    if (c->code[half].count) {
-        for (unsigned el = 0; el < 2; el++)
-            for (unsigned i = 0; i < FETCH_SIZE; i++)
-                if (in_half(c->fetch[el][i].va, half))
-                    c->fetch[el][i].va = TLB_NONE;
-        for (unsigned el = 0; el < 2; el++)
-            if (c->jump_half[el][half])
-                drop_code_of(c, el);
-        places_clear(&c->code[half]);
-    }
-    c->cached[half] = c->nonglobal[half] = false;
-    counter_add(&c->counters.tlb_flushes, 1);
-}
-
-void tlb_drop_code(struct vcpu *c) {
-    for (unsigned el = 0; el < 2; el++)
-        drop_code_of(c, el);
-}
-
-void tlb_flush_all(struct vcpu *c) {
-    for (unsigned idx = 0; idx < MMU_COUNT; idx++)
-        for (unsigned i = 0; i < TLB_SIZE; i++)
-            c->tlb[idx][i].read = c->tlb[idx][i].write = TLB_NONE;
-    for (unsigned el = 0; el < 2; el++)
-        for (unsigned i = 0; i < FETCH_SIZE; i++)
-            c->fetch[el][i].va = TLB_NONE;
-    tlb_drop_code(c);
-    memset(c->cached, 0, sizeof c->cached);
-    memset(c->nonglobal, 0, sizeof c->nonglobal);
-    memset(c->cached_data, 0, sizeof c->cached_data);
-    for (unsigned half = 0; half < 2; half++) {
-        places_clear(&c->large_data[half]);
-        places_clear(&c->code[half]);
-    }
-    counter_add(&c->counters.tlb_flushes, 1);
-}
-
-/* Nothing of another address space is ever cached, so that one flush serves a new ASID and TLBI ASIDE1 alike. */
-void tlb_flush_asid(struct vcpu *c) {
-    for (unsigned half = 0; half < 2; half++)
-        if (c->nonglobal[half])
-            tlb_flush_half(c, half);
-}
-
-static bool same_mapping(const struct tlb_entry *e, uint64_t entry_va, uint64_t va) {
-    return entry_va != TLB_NONE && !((entry_va ^ va) << 8 >> 8 >> (e->pa & 0x3f));
-}
-
-static void flush_code_va(struct vcpu *c, uint64_t va) {
-    unsigned half = half_of(va);
-    if (!places_have(&c->code[half], va))
-        return;
-    for (unsigned el = 0; el < 2; el++) {
-        if (c->code[half].page_bits > PAGE_BITS) {
-            for (unsigned i = 0; i < FETCH_SIZE; i++)
-                c->fetch[el][i].va = TLB_NONE;
-        } else if (c->jump_half[el][half]) {
-            c->fetch[el][(va >> PAGE_BITS) & (FETCH_SIZE - 1)].va = TLB_NONE;
-            drop_row(c, el, va);
-        }
-    }
-    if (c->code[half].page_bits > PAGE_BITS)
-        tlb_drop_code(c);
-}
-
-void tlb_flush_va(struct vcpu *c, uint64_t va) {
-    unsigned half = half_of(va);
-    if (!c->cached[half])
-        return;
-    bool large = places_have(&c->large_data[half], va);
-    for (unsigned idx = 0; idx < MMU_COUNT; idx++) {
-        struct tlb_entry *bank = c->tlb[idx], *own = &bank[(va >> PAGE_BITS) & (TLB_SIZE - 1)];
-        own->read = own->write = TLB_NONE;
-        for (unsigned i = 0; large && i < TLB_SIZE; i++)
-            if (same_mapping(&bank[i], bank[i].read, va) || same_mapping(&bank[i], bank[i].write, va))
-                bank[i].read = bank[i].write = TLB_NONE;
-    }
-    flush_code_va(c, va);
-}
-
 /* ---- Instruction fetch ------------------------------------------------------------------------------------------ */
 
 bool mmu_fetch(struct vcpu *c, uint64_t *pa, const uint8_t **host) {
@@ -321,7 +136,7 @@ bool mmu_fetch(struct vcpu *c, uint64_t *pa, const uint8_t **host) {
     uint64_t pc = c->pc, offset = pc & (PAGE_SIZE - 1);
     if (pc & 3)
         return exc_pc_alignment(c, pc);
-    struct fetch_entry *e = &c->fetch[c->el][(pc >> PAGE_BITS) & (FETCH_SIZE - 1)];
+    const struct fetch_entry *e = fetch_entry(c->code[c->el], pc);
     if (e->va != pc - offset) {
         struct translation t = mmu_translate(c, pc, ACCESS_EXEC, c->el ? MMU_EL1 : MMU_EL0);
         if (t.fault != NO_FAULT)
@@ -330,7 +145,8 @@ bool mmu_fetch(struct vcpu *c, uint64_t *pa, const uint8_t **host) {
         uint32_t ifsc = ram ? FAULT_STAGE2_PERMISSION : FAULT_STAGE2_TRANSLATION;
         if (!ram || !(ram->flags & HV_MEMORY_EXEC))
             return exit_exception(c, pc, syndrome(EC_IABT_LOWER, ifsc), pc, t.pa);
-        fetch_fill(c, e, &t, ram);
+        fetch_fill(c, &t, ram);
+        code_offer(c, pc - offset, e->pa);
     }
     *pa = e->pa + offset;
     *host = e->host + offset;
@@ -392,6 +208,12 @@ static unsigned alignment_unit(uint32_t insn, unsigned size) {
 /* One page's part of an access: its host address, or gic_registers for a whole one. NULL: exception taken or exit prepared. */
 static uint8_t *resolve(struct vcpu *c, const struct uop *u, uint64_t va, unsigned idx, bool write, bool aligned,
                         bool whole, uint64_t *pa) {
+    const struct tlb_entry *e = tlb_entry(c->tlb[idx], va);
+    if ((write ? e->write : e->read) == (va & PAGE_MASK)) { /* of an access to two pages */
+        if (pa)
+            *pa = (e->pa & PAGE_MASK) | (va & (PAGE_SIZE - 1));
+        return (uint8_t *)(uintptr_t)(va + e->addend);
+    }
     struct translation t = mmu_translate(c, va, write ? ACCESS_WRITE : ACCESS_READ, idx);
     if (t.fault == NO_FAULT && t.device && !aligned)
         t.fault = FAULT_ALIGNMENT;
@@ -483,7 +305,7 @@ void *mem_ptr(struct vcpu *c, const struct uop *u, uint64_t va, unsigned size, u
         exc_data_abort(c, u, va, FAULT_ALIGNMENT, write, false);
         return NULL;
     }
-    const struct tlb_entry *e = &c->tlb[idx][(va >> PAGE_BITS) & (TLB_SIZE - 1)];
+    const struct tlb_entry *e = tlb_entry(c->tlb[idx], va);
     if (likely((write ? e->write : e->read) == (va & PAGE_MASK))) {
         if (pa)
             *pa = (e->pa & PAGE_MASK) | (va & (PAGE_SIZE - 1));
@@ -494,7 +316,7 @@ void *mem_ptr(struct vcpu *c, const struct uop *u, uint64_t va, unsigned size, u
 }
 
 bool mmu_cache_op(struct vcpu *c, const struct uop *u, uint64_t va, bool write, uint64_t *pa) {
-    const struct tlb_entry *e = &c->tlb[c->mmu_idx][(va >> PAGE_BITS) & (TLB_SIZE - 1)];
+    const struct tlb_entry *e = tlb_entry(c->bank, va);
     if ((write ? e->write : e->read) == (va & PAGE_MASK)) {
         *pa = (e->pa & PAGE_MASK) | (va & (PAGE_SIZE - 1));
         return true;

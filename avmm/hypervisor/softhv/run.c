@@ -186,13 +186,14 @@ static void poll(struct vcpu *c) {
 }
 
 const struct uop *next_block(struct vcpu *c) {
-    const struct jump_entry *jump = &c->jump[c->el][jump_index(c->pc)];
+    uint32_t at = jump_offset(c->pc);
+    const struct jump_entry *jump = jump_entry(c, at);
     if (unlikely(jump->pc != c->pc))
-        jump = &c->jump[c->el][jump_index(c->pc) ^ 1];
+        jump = jump_entry(c, at ^ JUMP_OTHER);
     if (unlikely(jump->pc != c->pc || c->budget <= 0 ||
                  atomic_load_explicit(&c->poll, memory_order_relaxed) & POLL_NOW))
         return NULL;
-    struct block *block = jump->block;
+    struct block *block = jump_block(c, jump);
     if (unlikely(block->cold <= 0))
         return NULL;
     block->cold--;
@@ -203,26 +204,22 @@ const struct uop *next_block(struct vcpu *c) {
 
 /* The block at c->pc, in the jump cache. NULL: it is elsewhere now (an exception, a tag), or the host is asked. */
 static struct jump_entry *find_block(struct vcpu *c) {
-    struct jump_entry *row = c->jump[c->el], *jump = &row[jump_index(c->pc)], *other = &row[jump_index(c->pc) ^ 1];
-    if (jump->pc == c->pc && jump->block->pa != BLOCK_DROPPED)
+    uint32_t at = jump_offset(c->pc);
+    struct jump_entry *jump = jump_entry(c, at), *other = jump_entry(c, at ^ JUMP_OTHER);
+    if (jump->pc == c->pc && jump_block(c, jump)->pa != BLOCK_DROPPED)
         return jump;
-    if (other->pc == c->pc && other->block->pa != BLOCK_DROPPED)
+    if (other->pc == c->pc && jump_block(c, other)->pa != BLOCK_DROPPED)
         return other;
     uint64_t pc = c->pc, pa;
     const uint8_t *host;
     if (!mmu_fetch(c, &pa, &host) || c->pc != pc)
         return NULL;
-    struct block *block = code_block(c, pa, host);
-    if (jump->pc != pc && !(jump->pc & 3)) /* not empty */
-        *other = *jump;
-    *jump = (struct jump_entry){pc, block, block->code};
-    c->jump_half[c->el][pc >> 55 & 1] = true;
-    return jump;
+    return jump_fill(c, pc, code_block(c, pa, host));
 }
 
 /* The block at c->pc ran often enough: by its compiled code, from now on. False: it has none, interpret it. */
 static bool run_compiled(struct vcpu *c, struct jump_entry *jump) {
-    struct block *block = jump->block;
+    struct block *block = jump_block(c, jump);
     if (!c->jit) { /* two thousand million runs, all interpreted */
         block->cold = INT32_MAX;
         return false;
@@ -237,9 +234,10 @@ static bool run_compiled(struct vcpu *c, struct jump_entry *jump) {
             block->cold = INT32_MAX;
             return false;
         }
+        code_compiled(c, block);
     }
     jit_link(c, block->code);
-    jump->code = block->code;
+    jump->code = (uint32_t)((const uint8_t *)block->code - c->code_base);
     jit_enter(c, block->code);
     return true;
 }
@@ -283,7 +281,7 @@ static void run(struct vcpu *c) {
         }
         struct jump_entry *jump = find_block(c);
         counter_add(&c->counters.block_runs, 1);
-        if (jump && jump->block->cold <= 0 && run_compiled(c, jump))
+        if (jump && jump_block(c, jump)->cold <= 0 && run_compiled(c, jump))
             continue;
         jit_unlink(c);
         if (jump)

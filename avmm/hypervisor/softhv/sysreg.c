@@ -204,12 +204,12 @@ static bool read_reg(struct vcpu *c, uint32_t reg, uint64_t *value) {
 
 /* A new translation table base: what of the TLB survives it. Bit 0 is CnP. */
 static void write_ttbr(struct vcpu *c, uint64_t *ttbr, uint64_t value, unsigned half) {
-    uint64_t asid = mmu_asid(c), changed = (*ttbr ^ value) & ((UINT64_C(1) << 48) - 2);
+    uint64_t asid = mmu_asid(c), changed = (*ttbr ^ value) & TTBR_BASE;
     *ttbr = value;
     if (changed)
-        tlb_flush_half(c, half);
+        tlb_new_base(c, half);
     if (asid != mmu_asid(c))
-        tlb_flush_asid(c);
+        tlb_new_asid(c);
 }
 
 /* False: no such register to write. */
@@ -238,9 +238,11 @@ static bool write_reg(struct vcpu *c, uint32_t reg, uint64_t value) {
     case TTBR0: write_ttbr(c, &s->ttbr0, value, 0); break;
     case TTBR1: write_ttbr(c, &s->ttbr1, value, 1); break;
     case TCR:
-        if (s->tcr != value)
-            tlb_flush_all(c);
+        if (s->tcr == value)
+            break;
+        tlb_flush_all(c);
         s->tcr = value;
+        tlb_new_asid(c); /* by A1 and AS */
         break;
     case MAIR:
         if (s->mair != value)

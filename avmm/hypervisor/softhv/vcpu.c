@@ -69,7 +69,18 @@ static void dispose(struct vcpu *c) {
     code_destroy(c);
     pthread_mutex_destroy(&c->mail.lock);
     pthread_cond_destroy(&c->my_turn);
-    free(c);
+    free(c->memory);
+}
+
+/* Zeroed, and untouched until it is used; calloc() knows nothing of cache lines. */
+static struct vcpu *allocate(void) {
+    enum { LINE = _Alignof(struct vcpu) };
+    char *memory = calloc(1, sizeof(struct vcpu) + LINE);
+    if (!memory)
+        return NULL;
+    struct vcpu *c = (struct vcpu *)(memory + (-(uintptr_t)memory & (LINE - 1)));
+    c->memory = memory;
+    return c;
 }
 
 hv_return_t hv_vcpu_create(hv_vcpu_t *vcpu, hv_vcpu_exit_t **exit, hv_vcpu_config_t config) {
@@ -82,12 +93,12 @@ hv_return_t hv_vcpu_create(hv_vcpu_t *vcpu, hv_vcpu_exit_t **exit, hv_vcpu_confi
     if (mine)
         return HV_BUSY;
     decode_init();
-    struct vcpu *c = calloc(1, sizeof *c);
+    struct vcpu *c = allocate();
     if (!c)
         return HV_NO_RESOURCES;
     c->vm = vm;
     if (!code_create(c)) {
-        free(c);
+        free(c->memory);
         return HV_NO_RESOURCES;
     }
     jit_create(c);
@@ -95,9 +106,8 @@ hv_return_t hv_vcpu_create(hv_vcpu_t *vcpu, hv_vcpu_exit_t **exit, hv_vcpu_confi
     c->monitor.pa = ~UINT64_C(0);
     c->daif = DAIF_ALL; /* EL0t, as Apple leaves it */
     sysreg_reset(c);
+    tlb_create(c);
     pstate_changed(c);
-    c->link_gen[1] = 1;
-    tlb_flush_all(c);
     cond_init(&c->my_turn);
     pthread_mutex_init(&c->mail.lock, NULL);
     hv_return_t result = assign_handle(c) ? join_vm(vm, c) : HV_NO_RESOURCES;

@@ -1,0 +1,152 @@
+"""Address spaces that come and go: after TLBI no engine may still know what was, whichever space is the current one.
+
+A guest switches between more address spaces than an engine keeps apart, and reads and runs a page in each, by random.
+What it sees must be what the tables say, or have said since the last TLBI that covers it (D8.13).
+"""
+
+from __future__ import annotations
+
+import mmap
+import random
+from collections.abc import Callable
+
+import pytest
+
+from avmm.hypervisor import ExitKind, Reg, sysreg
+from avmm.memory import GRANULE, Region
+from tests.contract.test_engine_abi import EL1H_MASKED, ELR_EL1, HVC, RAM, VECTORS, Guest, boot, engine
+from tests.contract.test_engine_smp import MAIR_EL1, SCTLR_EL1, TCR_EL1
+
+__all__ = ["boot", "engine"]  # fixtures
+
+SPSR_EL1 = sysreg(3, 0, 4, 0, 0)
+EL0T_MASKED = 0x3C0
+TABLES = 0x8000_0000
+SPACES, PAGES, CONTENTS = 9, 4, 8  # of each space's pages the last is global
+CONTENT = TABLES + SPACES * 0x3000
+LOWER_SYNC = 0x400
+
+MSR_TTBR0_X1, ISB, ERET, DSB = 0xD5182001, 0xD5033FDF, 0xD69F03E0, 0xD5033B9F
+LDTR_X6_X0, MOVZ_X5, SVC = 0xF8400806, 0xD2800005, 0xD4000001
+WORD = 0x100  # where a content's page has its number, besides the code that tells it
+
+VMALLE1, VAE1, ASIDE1, VAAE1, VALE1, VAALE1 = 0, 1, 2, 3, 5, 7
+#: Which instruction, and is it broadcast?
+TLBI = [(op, shareable) for op in (VMALLE1, VAE1, ASIDE1, VAAE1, VALE1, VAALE1) for shareable in (False, True)]
+
+BLOCK, PAGE, TABLE = 1, 3, 3
+SHAREABLE, ACCESSED, EL0_READS, NOT_GLOBAL = 3 << 8, 1 << 10, 3 << 6, 1 << 11
+UXN, PXN = 1 << 54, 1 << 53
+
+
+class Spaces:
+    """The guest, its tables, and what it may see in each page of each space."""
+
+    def __init__(self, guest: Guest) -> None:
+        self.guest = guest
+        size = -(-(CONTENT - TABLES + CONTENTS * 0x1000) // GRANULE) * GRANULE
+        self.region = Region(TABLES, mmap.mmap(-1, size))
+        guest.hypervisor.map(self.region)
+        for number in range(CONTENTS):
+            self.store(CONTENT + 0x1000 * number, (MOVZ_X5 | number << 5) | SVC << 32)
+            self.store(CONTENT + 0x1000 * number + WORD, number)
+        self.now = [[0] * PAGES for _ in range(SPACES)]
+        self.may = [[{0} for _ in range(PAGES)] for _ in range(SPACES)]
+        for space in range(SPACES):
+            level1 = TABLES + 0x3000 * space
+            self.store(level1, (level1 + 0x1000) | TABLE)
+            self.store(level1 + 8, RAM & -(1 << 30) | BLOCK | SHAREABLE | ACCESSED | UXN)
+            self.store(level1 + 0x1000, (level1 + 0x2000) | TABLE)
+            for page in range(PAGES):
+                self.describe(space, page, 0)
+        guest.poke(VECTORS + LOWER_SYNC, LDTR_X6_X0, HVC)
+        for index, (op, shareable) in enumerate(TLBI):
+            register = 31 if op == VMALLE1 else 4
+            word = 0xD5088000 | (3 if shareable else 7) << 8 | op << 5 | register
+            guest.poke(RAM + 0x100 + 0x20 * index, word, DSB, ISB, HVC)
+        for register, value in (
+            (MAIR_EL1, 0xFF),
+            (TCR_EL1, 25 | 1 << 8 | 1 << 10 | 3 << 12 | 1 << 23 | 2 << 32),
+            (sysreg(3, 0, 2, 0, 0), self.ttbr(0)),
+            (SCTLR_EL1, 0x30D0_0800 | 1 << 12 | 1 << 2 | 1),
+        ):
+            guest.vcpu.set_sysreg(register, value)
+
+    def store(self, gpa: int, value: int) -> None:
+        self.region.buffer[gpa - TABLES : gpa - TABLES + 8] = value.to_bytes(8, "little")
+
+    def ttbr(self, space: int) -> int:
+        """TTBR0_EL1, with an ASID for each."""
+        return TABLES + 0x3000 * space | (space + 1) << 48
+
+    def describe(self, space: int, page: int, content: int) -> None:
+        flags = PAGE | SHAREABLE | ACCESSED | EL0_READS | PXN | (NOT_GLOBAL if page < PAGES - 1 else 0)
+        self.store(TABLES + 0x3000 * space + 0x2000 + 8 * (page + 1), (CONTENT + 0x1000 * content) | flags)
+        self.now[space][page] = content
+        self.may[space][page].add(content)
+
+    def change(self, space: int, page: int, content: int) -> None:
+        """A new page there; where it is global, everywhere."""
+        for other in range(SPACES) if page == PAGES - 1 else [space]:
+            self.describe(other, page, content)
+
+    def run(self, pc: int, registers: dict[int, int]) -> None:
+        vcpu = self.guest.vcpu
+        for register, value in (*registers.items(), (Reg.PC, pc), (Reg.CPSR, EL1H_MASKED)):
+            vcpu.set_reg(register, value)
+        assert vcpu.run() == ExitKind.HVC
+
+    def tlbi(self, index: int, space: int, page: int) -> None:
+        op, _ = TLBI[index]
+        self.run(RAM + 0x100 + 0x20 * index, {4: (space + 1) << 48 | page + 1})
+        for s in range(SPACES):
+            for p in range(PAGES):
+                is_global = p == PAGES - 1
+                by_asid = s == space or is_global
+                covered = {VMALLE1: True, ASIDE1: s == space and not is_global, VAAE1: p == page, VAALE1: p == page}
+                if covered.get(op, p == page and by_asid):
+                    self.may[s][p] = {self.now[s][p]}
+
+    def visit(self, space: int, page: int) -> None:
+        va = 0x1000 * (page + 1)
+        vcpu = self.guest.vcpu
+        vcpu.set_sysreg(ELR_EL1, va)
+        vcpu.set_sysreg(SPSR_EL1, EL0T_MASKED)
+        self.run(RAM, {0: va + WORD, 1: self.ttbr(space)})
+        assert vcpu.get_reg(5) in self.may[space][page], (space, page)
+        assert vcpu.get_reg(6) in self.may[space][page], (space, page)
+
+    def misses(self) -> int:
+        return self.guest.vcpu.counters().get("tlb_misses", 0)
+
+
+@pytest.fixture
+def spaces(boot: Callable[..., Guest]) -> Spaces:
+    return Spaces(boot(MSR_TTBR0_X1, ISB, ERET))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_is_seen_that_was_forgotten(spaces: Spaces, seed: int) -> None:
+    dice = random.Random(seed)
+    some = dice.sample(range(SPACES), 3)  # which are come back to often
+    for _ in range(3000):
+        space = dice.choice(some) if dice.random() < 0.8 else dice.randrange(SPACES)
+        page = dice.randrange(PAGES)
+        match dice.randrange(8):
+            case 0:
+                spaces.change(space, page, dice.randrange(CONTENTS))
+            case 1:
+                spaces.tlbi(dice.randrange(len(TLBI)), space, page)
+            case _:
+                spaces.visit(space, page)
+
+
+def test_coming_back_costs_no_walk(spaces: Spaces) -> None:
+    """But EL1's own two pages of code, which are in TTBR0's half here and not kept."""
+    before = 0
+    for _ in range(3):  # the last time all is warm
+        before = spaces.misses()
+        for space in range(3):
+            for page in range(PAGES):
+                spaces.visit(space, page)
+    assert spaces.misses() - before <= 3 * 2
