@@ -105,10 +105,10 @@ async def test_debian_s_installer_asks_its_first_questions() -> None:
     home = "usr/lib/debian-installer/images/12/arm64/text/debian-installer/arm64"
     kernel, initrd = files_of("debian-installer-12-netboot-arm64", [f"{home}/linux", f"{home}/initrd.gz"])
     async with avmm.boot(kernel, initrd, memory="768M", append="DEBIAN_FRONTEND=text") as vm:
-        await vm.console.expect(rb"Select a language", timeout=120)
-        await vm.console.expect(rb"Prompt: .*> ", timeout=60)
+        await vm.console.expect(rb"Select a language", timeout=600)
+        await vm.console.expect(rb"Prompt: .*> ", timeout=300)
         vm.console.write(b"\n")
-        await vm.console.expect(rb"Select your location", timeout=120)
-        await vm.console.expect(rb"Prompt: .*> ", timeout=60)
+        await vm.console.expect(rb"Select your location", timeout=600)
+        await vm.console.expect(rb"Prompt: .*> ", timeout=300)
         vm.console.write(b"\n")
-        await vm.console.expect(rb"Configure the keyboard", timeout=120)
+        await vm.console.expect(rb"Configure the keyboard", timeout=600)
