@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,50 @@ sleep 1000
         assert content[number * 131072 :][:131072] == wanted
 
 
+@contextlib.contextmanager
+def small_file_system(folder: Path, size: int) -> Iterator[Path]:
+    """A file system of the host's that is soon full."""
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(["mount", *options], capture_output=True).returncode:
+        pytest.skip("mounts a tmpfs, as only root may")
+    try:
+        yield folder
+    finally:
+        run("umount", folder)
+
+
+@booted_only("fills the disk's file, which a restored VM does not write to")
+@needs_qemu_img
+@pytest.mark.parametrize("name", ["disk.img", "disk.qcow2"])
+async def test_a_full_host_disk_is_an_error_in_the_guest(name: str, debian: Fetched, tmp_path: Path) -> None:
+    with small_file_system(tmp_path / "small", 8 << 20) as folder:
+        disk = folder / name
+        run("qemu-img", "create", "-q", "-f", "qcow2" if disk.suffix == ".qcow2" else "raw", disk, "32M")
+        async with avmm.boot(debian.kernel, debian.initrd, drives=[disk]) as vm:
+            await vm.console.expect(READY, timeout=120)
+            write = "dd if=/dev/urandom of={} bs=64k count={} seek={} oflag=direct conv=notrunc"
+            code, said = await shell(vm, "head -c 4194304 /dev/urandom >/tmp/kept && md5sum /tmp/kept && "
+                                         "dd if=/tmp/kept of=/dev/vda bs=64k oflag=direct && sync")  # fmt: skip
+            assert code == 0, said
+            kept = said.split()[0]
+            code, said = await shell(vm, write.format("/dev/vda", 200, 64))
+            assert code != 0
+            assert "I/O error" in said
+            assert vm.drives[0].counters["errors"] > 0
+            _, said = await shell(vm, "echo 3 >/proc/sys/vm/drop_caches; head -c 4194304 /dev/vda | md5sum")
+            assert kept in said
+            # With room again, it goes on.
+            run("mount", "-o", "remount,size=64m", folder)
+            code, said = await shell(vm, write.format("/dev/vda", 200, 64))
+            assert code == 0, said
+            _, said = await shell(vm, "echo 3 >/proc/sys/vm/drop_caches; head -c 4194304 /dev/vda | md5sum")
+            assert kept in said
+            assert set(vm.counters()["guest_errors"].values()) == {0}
+        if disk.suffix == ".qcow2":
+            run("qemu-img", "check", disk)
+
+
 @booted_only("looks at the disk's file, which a restored VM does not write to")
 @needs_e2fsprogs
 @pytest.mark.parametrize("seed", [None, 1, 2])
@@ -284,7 +329,7 @@ async def test_fio_finds_what_it_wrote(name: str, tmp_path: Path) -> None:
         os.truncate(disk, 32 << 20)
     else:
         run("qemu-img", "create", "-q", "-f", "qcow2", disk, "32M")
-    async with rootfs.booted(rootfs.rootfs(["fio"]), drives=[str(disk)], memory="512M") as guest:
+    async with rootfs.booted(rootfs.rootfs(["fio", "e2fsprogs"]), drives=[str(disk)], memory="512M") as guest:
         report = await guest.check(
             "fio --name=v --filename=/dev/vdb --direct=1 --ioengine=libaio --iodepth=16 --thread --size=24m"
             " --io_size=24m --rw=randwrite --bsrange=4k-64k --verify=crc32c"
@@ -293,5 +338,11 @@ async def test_fio_finds_what_it_wrote(name: str, tmp_path: Path) -> None:
         )
         assert re.search(r"err= 0", report)
         assert re.search(r"READ:", report)  # it did read back
+        # A file system made, used and found clean by the guest itself, with what it no longer needs given back.
+        await guest.check(
+            "mkfs.ext4 -q -F -E discard /dev/vdb && mount /dev/vdb /mnt && cp -a /usr/share/doc /etc /mnt && "
+            "rm -r /mnt/etc && fstrim /mnt && umount /mnt && e2fsck -fn /dev/vdb && mount -o ro /dev/vdb /mnt && "
+            "diff -r /usr/share/doc /mnt/doc && umount /mnt", timeout=120,
+        )  # fmt: skip
     if name == "qcow2":
         run("qemu-img", "check", "-q", disk)
