@@ -128,9 +128,9 @@ class Qcow2:
         self._per_table = self._cluster // 8
         self.size = -(-size // SECTOR) * SECTOR
         needed = -(-size // (self._cluster * self._per_table))
-        if l1_size < needed or l1_size * 8 > _L1_MAX or l1_at % self._cluster:
+        if l1_size < needed or l1_size * 8 > _L1_MAX or self._is_no_place(l1_at):
             raise ImageError(f"{path} is damaged: its first table does not cover the disk")
-        if (refcount_clusters << self._bits) > _TABLE_MAX or self._refcounts_at % self._cluster:
+        if (refcount_clusters << self._bits) > _TABLE_MAX or self._is_no_place(self._refcounts_at):
             raise ImageError(f"{path} is damaged: its reference counts make no sense")
         self._l1_at = l1_at
         self._l1 = self._read_table(l1_at, l1_size)
@@ -453,6 +453,10 @@ class Qcow2:
         self._l1[index] = table.offset | _COPIED
         self._dirty_l1.add(index)
         return table
+
+    def _is_no_place(self, offset: int) -> bool:
+        """Of a cluster, in a file of the greatest size that an entry of a table can name."""
+        return offset % self._cluster != 0 or offset > _OFFSET
 
     def _read_table(self, offset: int, entries: int) -> array[int]:
         data = os.pread(self._fd, 8 * entries, offset)

@@ -156,6 +156,8 @@ class Unpacker:
         if not length:
             self._entry = None
             if type == _LINK:
+                if b"\0" in self._link:
+                    raise GuestError("the guest sent a link that cannot be")
                 self._links.append((path, bytes(self._link)))
             elif self._stream is not None:
                 os.fchmod(self._stream.fileno(), mode)

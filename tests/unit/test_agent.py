@@ -376,6 +376,7 @@ HOSTILE_TREES = {
     "a device": TOP + _entry(b"c", b"a", b"y"),
     "a long name": TOP + tree._ENTRY.pack(b"f"[0], 0, 0, 1 << 31),
     "a long chunk": TOP + tree._ENTRY.pack(b"f"[0], 0, 0, 1) + b"a" + (1 << 31).to_bytes(4, "little"),
+    "a NUL in a link": TOP + _entry(b"l", b"a", b"x\0y"),
     "a long link": TOP + _entry(b"l", b"a", b"x" * 4096),
     "more": TOP + tree._ENTRY.pack(b"e"[0], 0, 0, 0) + b"more",
 }

@@ -300,6 +300,18 @@ def test_damaged_images_are_refused_or_give_errors(tmp_path: Path) -> None:
             disk.close()
 
 
+@needs_qemu_img
+@pytest.mark.parametrize("at", [40, 48])  # of the first table, and of that of the reference counts (qcow2's header)
+def test_a_table_beyond_any_file_is_refused(at: int, tmp_path: Path) -> None:
+    image = tmp_path / "image.qcow2"
+    qemu_img("create", "-f", "qcow2", image, "1M")
+    damaged = bytearray(image.read_bytes())
+    damaged[at] = 0x80
+    image.write_bytes(damaged)
+    with pytest.raises(ImageError, match="damaged"):
+        open_disk(image)
+
+
 def test_drives_on_the_command_line() -> None:
     assert DriveConfig.parse("a.img") == DriveConfig(Path("a.img"))
     assert DriveConfig.parse("a,b.img,ro") == DriveConfig(Path("a,b.img"), read_only=True)
