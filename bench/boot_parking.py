@@ -15,11 +15,10 @@ from collections.abc import Iterator
 import structlog
 import uvloop
 from boot import INIT
-from idle_policies import Spin
+from idle_policies import Spin, waking_by
 from side_by_side import guest, headline, with_init
 
 import avmm
-import avmm.vm
 from avmm.vcpu.loop import VcpuLoop
 
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
@@ -44,11 +43,10 @@ def measure(number: int, cpus: int) -> list[tuple[tuple[float, float], tuple[flo
         for _ in range(number + 1):
             pair = []
             for policy in (VcpuLoop, Spin):
-                avmm.vm.VcpuLoop = policy
-                pair.append(uvloop.run(boot(fetched.kernel, initrd, cpus)))
+                with waking_by(policy):
+                    pair.append(uvloop.run(boot(fetched.kernel, initrd, cpus)))
             pairs.append((pair[0], pair[1]))
     finally:
-        avmm.vm.VcpuLoop = VcpuLoop
         initrd.unlink()
     return pairs[1:]
 

@@ -19,12 +19,11 @@ import time
 from pathlib import Path
 
 import uvloop
-from idle_policies import HZ, PINGPONG, Spin
+from idle_policies import HZ, PINGPONG, Spin, waking_by
 from side_by_side import guest, headline, with_init
 from wakeups import IMAGE, connect
 
 import avmm
-import avmm.vm
 from avmm.vcpu.loop import VcpuLoop
 
 READS = 2000
@@ -43,12 +42,10 @@ WAYS = {"poll": (VcpuLoop, "200us"), "no poll": (VcpuLoop, 0), "spin": (Spin, 0)
 @contextlib.asynccontextmanager
 async def booted(way: str, kernel: Path, initrd: Path | None = None, **options):
     """A guest whose vCPUs wait that way."""
-    avmm.vm.VcpuLoop, halt_poll = WAYS[way]
-    try:
+    policy, halt_poll = WAYS[way]
+    with waking_by(policy):
         async with avmm.boot(kernel, initrd, engine="softhv", halt_poll=halt_poll, **options) as vm:
             yield vm
-    finally:
-        avmm.vm.VcpuLoop = VcpuLoop
 
 
 async def hop(way: str, cpus: int) -> float:

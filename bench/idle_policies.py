@@ -17,13 +17,14 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import uvloop
 from side_by_side import headline, require_qemu
 from wakeups import IMAGE, connect, post_from_thread
 
 import avmm
-import avmm.vm
+import avmm.hardware
 from avmm.vcpu.loop import VcpuLoop
 
 PINGPONG = IMAGE.with_name("ipi_pingpong.bin")
@@ -101,18 +102,20 @@ POLICIES = {
 SLOW = {"spin", "fixed sleep", "adaptive sleep"}
 
 
+def waking_by(policy: type[VcpuLoop]):
+    """While this lasts, new VMs' vCPUs follow ``policy``."""
+    return mock.patch.object(avmm.hardware, "VcpuLoop", policy)
+
+
 @contextlib.asynccontextmanager
 async def guest(policy: str, image: Path, cpus: int, faults: str | None, append: str):
     """A guest whose vCPUs follow ``policy``."""
-    avmm.vm.VcpuLoop = POLICIES[policy]
-    try:
-        halt_poll = "200us" if policy.endswith("halt poll") else 0
+    halt_poll = "200us" if policy.endswith("halt poll") else 0
+    with waking_by(POLICIES[policy]):
         async with avmm.boot(
             image, memory="64M", cpus=cpus, engine="softhv", append=append, faults=faults, halt_poll=halt_poll
         ) as vm:
             yield vm
-    finally:
-        avmm.vm.VcpuLoop = VcpuLoop
 
 
 def quantiles(nanoseconds: list[int]) -> list[float]:
