@@ -8,7 +8,6 @@ import sys
 import pytest
 from hypothesis import HealthCheck, settings
 
-
 #: ``avmm boot`` as tests start it, with as many vCPUs as ``--cpus`` asks for; a later ``-c`` has the last word.
 AVMM_BOOT = [sys.executable, "-m", "avmm.cli", "boot"]
 
@@ -24,8 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Give guests ``--cpus`` vCPUs; let SIGINT end programs, which those of a shell's background job are deaf to."""
-    # How long a busy machine takes to make up data says nothing about the code; and without --soak the data are those of
-    # every other run, so that what fails was broken by a change.
+    # How long a busy machine takes to make up data says nothing about the code; and without --soak the data are those
+    # of every other run, so that what fails was broken by a change.
     settings.register_profile(
         "avmm",
         suppress_health_check=[HealthCheck.too_slow],

@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -45,8 +46,10 @@ static int dial_tcp(unsigned port) {
 
 static int dial(unsigned port) {
     struct sockaddr_vm address = {.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_HOST, .svm_port = port};
+    struct timeval patience = {.tv_sec = 60};  // Linux waits two seconds, which a starved host may take
     int fd = socket(AF_VSOCK, SOCK_STREAM, 0);
     if (fd < 0) die("socket");
+    setsockopt(fd, AF_VSOCK, SO_VM_SOCKETS_CONNECT_TIMEOUT, &patience, sizeof patience);
     if (connect(fd, (struct sockaddr *)&address, sizeof address)) die("connect");
     return fd;
 }
