@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from avmm.aio import within
 from avmm.errors import GuestError, WaitTimeout
 
 #: A match may reach back this far before data that has been searched already; keeps a wait linear in the output.
@@ -168,23 +168,15 @@ class Transcript:
 
     @asynccontextmanager
     async def _within(self, timeout: float | None, pattern: re.Pattern[bytes]) -> AsyncIterator[None]:
-        """``timeout`` as a WaitTimeout that says what was waited for; a TimeoutError of the caller's stays one."""
-        began = time.monotonic()
-        scope = asyncio.timeout(timeout)
+        """As :func:`avmm.aio.within`, with what the console last showed."""
         try:
-            async with scope:
+            async with within(timeout, f"no match for {pattern.pattern!r} on the console"):
                 yield
-        except TimeoutError:
-            if not scope.expired():
-                raise
-            elapsed = time.monotonic() - began
+        except WaitTimeout as error:
             tail = bytes(self.data[-TAIL:])
             last = b"\n".join(tail.splitlines()[-20:]).decode(errors="replace")
             raise WaitTimeout(
-                f"no match for {pattern.pattern!r} on the console after {elapsed:.1f} s; it last showed:\n{last}",
-                elapsed=elapsed,
-                tail=tail,
-                pattern=pattern.pattern,
+                f"{error}; it last showed:\n{last}", elapsed=error.elapsed, tail=tail, pattern=pattern.pattern
             ) from None
 
     async def _match(self, success: re.Pattern[bytes], failed: re.Pattern[bytes] | None) -> re.Match[bytes]:
