@@ -33,6 +33,15 @@ async def test_uname(vm):                       # a copy-on-write fork of a VM b
 """
 
 
+BUSY_AT_A_BREAKPOINT = """
+async def test_it(vm):
+    process = await vm.popen("sh", "-c", "while :; do :; done")
+    assert (await vm.run("true")).ok
+    breakpoint()
+    assert (await vm.run("true", timeout=30)).ok
+"""
+
+
 def run(folder: Path, tests: str, *options: str, mode: str = "auto", code: int = 0) -> str:
     """pytest on a project with one file of ``tests``; what it printed."""
     (folder / "test_it.py").write_text("import asyncio, pytest\n" + tests)
@@ -149,15 +158,7 @@ async def test_twin(vm, n):
 
 def test_breakpoint_holds_the_guest(debian: Fetched, tmp_path: Path) -> None:
     """In the debugger nothing of the guest moves; afterwards it goes on."""
-    (tmp_path / "test_it.py").write_text("""
-import time
-
-async def test_it(vm):
-    process = await vm.popen("sh", "-c", "while :; do :; done")
-    assert (await vm.run("true")).ok
-    breakpoint()
-    assert (await vm.run("true", timeout=30)).ok
-""")
+    (tmp_path / "test_it.py").write_text(BUSY_AT_A_BREAKPOINT)
     (tmp_path / "pytest.ini").write_text("[pytest]\nasyncio_mode = auto\n")
     exits = "vm.counters()['exits']"
     look = f"import time; time.sleep(0.2); a = {exits}; time.sleep(0.5); print('HELD', {exits} == a)"
@@ -222,13 +223,7 @@ async def test_a_bundle_names_the_kernel_s_symbol(debian: Fetched, tmp_path: Pat
 
 def test_breakpoint_on_a_terminal(debian: Fetched, tmp_path: Path) -> None:
     """The debugger has the terminal as before the guest, which stands still meanwhile and goes on."""
-    (tmp_path / "test_it.py").write_text("""
-async def test_it(vm):
-    process = await vm.popen("sh", "-c", "while :; do :; done")
-    assert (await vm.run("true")).ok
-    breakpoint()
-    assert (await vm.run("true", timeout=30)).ok
-""")
+    (tmp_path / "test_it.py").write_text(BUSY_AT_A_BREAKPOINT)
     (tmp_path / "pytest.ini").write_text("[pytest]\nasyncio_mode = auto\n")
     child, terminal = pty.fork()
     if child == 0:

@@ -239,7 +239,7 @@ class FakeHypervisor:
         raise NotImplementedError
 
     def gic(self, distributor: int, redistributors: int) -> IrqChip:
-        raise NotImplementedError
+        raise NotImplementedError  # these vCPUs have a chip of avmm's own
 
     def create_vcpu(self) -> Vcpu:
         index = int(threading.current_thread().name.removeprefix("avmm-vcpu"))
