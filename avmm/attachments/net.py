@@ -16,6 +16,7 @@ from avmm.backends.stream import Stream
 from avmm.backends.tap import Tap
 from avmm.backends.usernet.dns import Names
 from avmm.backends.usernet.network import Forward, UserNetwork
+from avmm.backends.usernet.stack import Guests
 from avmm.config import NetConfig, PublishConfig
 from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.transport import VirtioDevice
@@ -97,6 +98,7 @@ class NetAttachment(Attachment):
         self._card: Net | None = None
         self._origin: NetAttachment | None = None
         self._loaded = False
+        self._guests: Guests | None = None  # of which ours is a copy
         self.network: Network | None = None
 
     def open(self) -> None:
@@ -112,6 +114,8 @@ class NetAttachment(Attachment):
             raise
         if self._origin is not None and self._origin.network is not None and user is not None:
             user.serve_as(self._origin.network.user)
+        if self._guests is not None and user is not None:
+            user.adopt(self._guests)
         join(self.network.network, self._backend.end)
 
     def _open_backend(self, network: Network) -> Backend:
@@ -130,10 +134,13 @@ class NetAttachment(Attachment):
 
     def fork(self) -> NetAttachment:
         """See :class:`Attachment`. A user-mode network is made again, with the same names and servers, its published
-        ports at free ones; a twin that has the same addresses as this VM is not plugged into anything else."""
+        ports at free ones, and without the connections there are, which the twin finds reset. A twin that has the same
+        addresses as this VM is not plugged into anything else."""
         publish = [replace(each, host=0) for each in self._publish]
         twin = NetAttachment(replace(self._config, pcap=None, mac=self._mac), self._name, publish)
         twin._origin = self
+        if self._config.kind == "user" and self.network is not None:
+            twin._guests = self.network.user.stack.guests()
         return twin
 
     def record(self, pcap: Path | None) -> None:
@@ -142,11 +149,12 @@ class NetAttachment(Attachment):
 
     def store(self, writer: Writer, name: str) -> Any:
         """See :class:`Attachment`."""
-        return {"mac": self._mac}
+        return {"mac": self._mac, "guests": self._guests}
 
     def load(self, reader: Reader, stored: Any) -> None:
         """See :class:`Attachment`. A network of the program that made the snapshot is not to be had again."""
         self._mac = stored["mac"]
+        self._guests = stored.get("guests")
         self._loaded = True
 
     def device(self) -> VirtioDevice:

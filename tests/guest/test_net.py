@@ -174,6 +174,30 @@ async def test_the_network_is_there_again_after_a_reboot_and_in_a_twin(debian: F
             assert twin.net.counters["out_frames"] > 0
 
 
+async def test_what_a_twin_was_reading_is_reset(debian: Fetched, tmp_path: Path) -> None:
+    """Its network has no such connection, and the twin, which only reads, would wait for ever."""
+    asked = asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        asked.set()
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+
+    async with avmm.boot(debian.kernel, debian.initrd, net="user") as vm:
+        await guest_of(vm)
+        vm.net.serve(80, silent)
+        await check(vm, "(wget -qO- http://10.0.2.2/ 2>&1; echo is over) >/tmp/said & true")
+        await asked.wait()
+        await vm.snapshot(tmp_path / "snapshot")
+        ended = "while ! grep over /tmp/said; do sleep 0.05; done; cat /tmp/said"
+        async with vm.fork() as twin, avmm.restore(tmp_path / "snapshot") as restored:
+            for one in (twin, restored):
+                assert "reset by peer" in await check(one, ended)
+        assert "over" not in await check(vm, "cat /tmp/said")
+
+
 # Several machines.
 
 

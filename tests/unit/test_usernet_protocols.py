@@ -20,6 +20,8 @@ from avmm.backends.usernet.packet import (
     L4_AT,
     PROTO_ICMP,
     PROTO_UDP,
+    TCP,
+    TCP_DATA_AT,
     TYPE_ARP,
     TYPE_IPV4,
     UDP_DATA_AT,
@@ -29,8 +31,8 @@ from avmm.backends.usernet.packet import (
     put_ipv4,
 )
 from avmm.backends.usernet.plan import Plan
-from avmm.backends.usernet.stack import Address, Stack
-from avmm.backends.usernet.tcp import ACK, PSH, SYN, Connection
+from avmm.backends.usernet.stack import Address, Guests, Stack
+from avmm.backends.usernet.tcp import ACK, PSH, RST, SYN, Connection
 from avmm.link import Frame
 
 MAC = bytes.fromhex("525400123456")
@@ -133,6 +135,33 @@ def test_ping(stack: Stack) -> None:
     assert answer[L4_AT + 8 + 12 : L4_AT + 8 + 20] == GUEST + address("192.0.2.1")
     assert answer[L4_AT + 28 :] == bytes(body[:8])
     assert slow_sum(answer[L4_AT:]) == 0xFFFF
+
+
+def test_a_copy_of_a_guest_is_told_that_its_connections_are_gone() -> None:
+    """Whatever it expects, one of two segments is beyond its window; and its answer belongs to nothing."""
+    parent, stack = Stack(Host()), Stack(Host())
+    header = TcpHeader(MACS, GUEST, GATEWAY, (5000, 80))
+    frame = bytearray(TCP_DATA_AT)
+    header.put(frame, 1000, 0, SYN, 8000)
+    parent.input(Frame(frame, L4_AT, 16), 0.0)
+    stack.adopt(parent.guests())
+    asked = taken(stack)
+    assert [TCP.unpack_from(each, L4_AT)[:6] for each in asked] == [
+        (80, 5000, sequence, 0, 0x50, ACK) for sequence in (0, 1 << 31)
+    ]
+    assert {bytes(each[:6]) for each in asked} == {MAC}
+    header.put(frame, 1001, 7777, ACK, 8000)
+    stack.input(Frame(frame, L4_AT, 16), 0.0)
+    (answer,) = taken(stack)
+    assert TCP.unpack_from(answer, L4_AT)[:6] == (80, 5000, 7777, 0, 0x50, RST)
+    stack.adopt(Guests({}, (bytes(12),)))  # of a guest that has never been heard of
+    assert taken(stack) == []
+
+
+@pytest.mark.parametrize("bad", [({GUEST: b"long enough"}, ()), ({}, (bytes(11),)), ({b"": MAC}, ())])
+def test_guests_that_cannot_be(bad: tuple[dict[bytes, bytes], tuple[bytes, ...]]) -> None:
+    with pytest.raises(ValueError, match="no addresses"):
+        Guests(*bad)
 
 
 def test_dhcp_gives_each_card_its_own_address() -> None:

@@ -29,7 +29,7 @@ from avmm.backends.usernet import dns
 from avmm.backends.usernet.datagrams import Datagrams
 from avmm.backends.usernet.packet import address, name
 from avmm.backends.usernet.plan import Plan
-from avmm.backends.usernet.stack import Address, Stack
+from avmm.backends.usernet.stack import Address, Guests, Stack
 from avmm.backends.usernet.tcp import Connection
 from avmm.errors import ConfigError, GuestGone, HostError
 from avmm.link import End, Frame
@@ -74,6 +74,7 @@ class UserNetwork:
         self._datagrams = Datagrams(self.stack, self._plan, self._pump, self._congested)
         self._nameserver: str | None = None
         self._power = Power()
+        self._adopted: Guests | None = None
         #: The published ports with the sockets they are published by.
         self._listening: list[tuple[Forward, socket.socket]] = []
         #: Frames for guests that were lost because they took none.
@@ -95,6 +96,10 @@ class UserNetwork:
             self._loop, self._tasks = loop, tasks
             self._datagrams.start(loop)
             self._power.on()
+            if self._adopted is not None:
+                self.stack.adopt(self._adopted)
+                self._adopted = None
+                self._pump()
             for forward, sock in self._listening:
                 if forward.udp:
                     self._datagrams.publish(sock, forward.guest)
@@ -140,6 +145,10 @@ class UserNetwork:
         self._served.update(other._served)
         self.stack.aliases |= other.stack.aliases
         self.dns.update(other.dns)
+
+    def adopt(self, guests: Guests) -> None:
+        """The first guests will be copies of these: end the connections that they bring, by RST."""
+        self._adopted = guests
 
     async def connect(self, port: int, *, timeout: float | None = None) -> Streams:
         """(reader, writer) of a connection to ``port`` of the guest, as from the gateway.

@@ -94,6 +94,23 @@ class Counters:
     resent: int = 0
 
 
+@dataclass(frozen=True)
+class Guests:
+    """What a network knows of its guests at one moment: for the network of their copies, which nothing tells that the
+    other ends of their connections are not there."""
+
+    #: MAC addresses by IPv4 address.
+    neighbours: dict[bytes, bytes]
+    #: Of each connection: the guest's address, ours, the guest's port, ours.
+    connections: tuple[bytes, ...]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no network knows: it may come out of a file."""
+        sizes = {(len(each), len(mac)) for each, mac in self.neighbours.items()}
+        if sizes - {(4, 6)} or {len(each) for each in self.connections} - {12}:
+            raise ValueError("these are no addresses and connections")
+
+
 class Stack:
     """One user-mode network. ``output`` collects the frames for the guests; whoever owns the stack empties it."""
 
@@ -127,6 +144,27 @@ class Stack:
     def guest(self) -> bytes:
         """The address of the first guest that has been heard of; before that, of the first there will be."""
         return next((each for each in self._neighbours if self.plan.is_guest(each)), self.plan.guest)
+
+    def guests(self) -> Guests:
+        """What is known of the guests now."""
+        return Guests(dict(self._neighbours), tuple(self._connections))
+
+    def adopt(self, guests: Guests) -> None:
+        """These are our guests now. Each of their connections is asked how far it is, by a segment that is far from
+        what it expects (RFC 9293, 3.10.7.4); the answer belongs to nothing here, and so to it comes a RST."""
+        self._neighbours.update(guests.neighbours)
+        for key in guests.connections:
+            remote, local, ports = (
+                key[:4],
+                key[4:8],
+                (int.from_bytes(key[10:], "big"), int.from_bytes(key[8:10], "big")),
+            )
+            if remote in self._neighbours and key not in self._connections:
+                header = TcpHeader((self._neighbours[remote], self.plan.mac), local, remote, ports)
+                for sequence in (0, 1 << 31):  # a window, 1 GiB at most, holds one of them only
+                    buffer = bytearray(TCP_DATA_AT)
+                    header.put(buffer, sequence, 0, ACK, 0)
+                    self._emit(buffer, 16)
 
     # Time.
 
