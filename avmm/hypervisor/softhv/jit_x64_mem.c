@@ -21,23 +21,40 @@ enum {
     M_IMM = 0, M_PRE, M_POST, M_LSL, M_UXTW, M_SXTW, M_BASE, M_UNPRIVILEGED
 };
 
-/* RAX = the host address of `size` bytes at the guest's RAX; RCX and RDX are lost. */
-static void translate(struct emit *e, struct outlined *o, unsigned size, bool write, bool unprivileged) {
-    mov(e, 0, RCX, RAX);
+struct place { /* in host memory */
+    unsigned base, index; /* NO_REG: none */
+    int32_t disp;
+};
+
+/* RCX = the TLB entry of the address in register `va`. */
+static void find_entry(struct emit *e, unsigned va, int32_t bank) {
+    mov(e, 0, RCX, va);
     shift(e, 0, SHR, RCX, PAGE_BITS - 5);
     alu_imm(e, 0, AND, RCX, (TLB_SIZE - 1) << 5);
+    op_rm(e, 1, 0x03, RCX, CPU, bank);
+}
+
+static int32_t tag(bool write) {
+    return write ? offsetof(struct tlb_entry, write) : offsetof(struct tlb_entry, read);
+}
+
+/* Where `size` bytes at the guest's `va`, a register, are; RCX is lost, and RDX is part of the answer. */
+static struct place translate(struct emit *e, struct outlined *o, unsigned va, unsigned size, bool write,
+                              bool unprivileged) {
     if (unprivileged) {
         cmp_byte(e, AT(uao), 0); /* the op's affair: it counts at EL1 only */
         also_from(o, jcc(e, NE));
-        op_rm(e, 1, 0x03, RCX, CPU, AT(tlb[MMU_EL0]));
-    } else {
-        op_rm(e, 1, 0x03, RCX, CPU, AT(bank));
     }
-    lea(e, 1, RDX, RAX, (int32_t)size - 1);
+    find_entry(e, va, unprivileged ? AT(tlb[MMU_EL0]) : AT(bank));
+    if (size > 1)
+        lea(e, 1, RDX, va, (int32_t)size - 1);
+    else
+        mov(e, 1, RDX, va);
     alu_imm(e, 1, AND, RDX, -PAGE_SIZE);
-    op_rm(e, 1, 0x3b, RDX, RCX, write ? offsetof(struct tlb_entry, write) : offsetof(struct tlb_entry, read));
+    op_rm(e, 1, 0x3b, RDX, RCX, tag(write));
     also_from(o, jcc(e, NE));
-    op_rm(e, 1, 0x03, RAX, RCX, offsetof(struct tlb_entry, addend));
+    load(e, 1, RDX, RCX, offsetof(struct tlb_entry, addend));
+    return (struct place){va, RDX, 0};
 }
 
 /* Before slow_call(): operands in registers. After it: their address in RAX, checks of alignment done. */
@@ -49,7 +66,9 @@ static struct operands operands(struct emit *e, const struct uop *u, uint32_t ar
     return (struct operands){use(e, u->rn), mode == M_LSL || mode == M_UXTW || mode == M_SXTW ? use(e, u->rm) : NO_REG};
 }
 
-static void address(struct emit *e, const struct uop *u, uint32_t arg, struct operands at, struct outlined *o) {
+/* The register with the guest's address: the base, or RAX. */
+static unsigned address(struct emit *e, const struct uop *u, uint32_t arg, struct operands at, struct outlined *o) {
+    unsigned to = RAX;
     if (u->aux) { /* SP: whether its alignment matters is the op's business */
         test_imm(e, at.n, 15);
         also_from(o, jcc(e, NE));
@@ -61,7 +80,7 @@ static void address(struct emit *e, const struct uop *u, uint32_t arg, struct op
         if (u->imm)
             lea(e, 1, RAX, at.n, (int32_t)u->imm);
         else
-            mov(e, 1, RAX, at.n);
+            to = at.n;
         break;
     case M_LSL:
         if (u->imm <= 3) {
@@ -81,13 +100,13 @@ static void address(struct emit *e, const struct uop *u, uint32_t arg, struct op
         shift(e, 1, SHL, RAX, (unsigned)u->imm);
         alu(e, 1, ADD, RAX, at.n);
         break;
-    default:
-        mov(e, 1, RAX, at.n);
+    default: to = at.n;
     }
     if (arg & ALIGNED && arg & 3) {
-        test_imm(e, RAX, (1u << (arg & 3)) - 1);
+        test_imm(e, to, (1u << (arg & 3)) - 1);
         also_from(o, jcc(e, NE));
     }
+    return to;
 }
 
 static bool writes_back(uint32_t arg) { return (arg >> MODE & 7) == M_PRE || (arg >> MODE & 7) == M_POST; }
@@ -106,10 +125,6 @@ static void write_back(struct emit *e, const struct uop *u, uint32_t arg, struct
 
 /* ---- Accesses: of general registers and pairs, of vectors through XMM0 and XMM1 ---------------------------------- */
 
-struct place { /* in host memory */
-    unsigned base, index; /* NO_REG: none */
-    int32_t disp;
-};
 static void op_at(struct emit *e, unsigned w, uint32_t op, unsigned reg, struct place at, unsigned more) {
     if (at.index == NO_REG)
         op_rm(e, w, op, reg, at.base, at.disp + (int32_t)more);
@@ -220,9 +235,9 @@ static unsigned total_size(uint32_t arg) { return (arg & PAIR ? 2u : 1u) << (arg
 
 /* With a lookup of its own. */
 static void checked_access(struct emit *e, const struct uop *u, const struct transfer *a, struct outlined *o) {
-    address(e, u, a->arg, (struct operands){a->n, a->m}, o);
-    translate(e, o, total_size(a->arg), a->arg & STORES, (a->arg >> MODE & 7) == M_UNPRIVILEGED);
-    move(e, u, a, (struct place){RAX, NO_REG, 0});
+    unsigned va = address(e, u, a->arg, (struct operands){a->n, a->m}, o);
+    bool unprivileged = (a->arg >> MODE & 7) == M_UNPRIVILEGED;
+    move(e, u, a, translate(e, o, va, total_size(a->arg), a->arg & STORES, unprivileged));
 }
 
 void emit_checked_access(struct emit *e, struct outlined *o) {
@@ -361,17 +376,15 @@ static void grouped_access(struct emit *e, const struct uop *u, struct transfer 
         also_from(o, jcc(e, NE));
     }
     if (a->finds) {
-        lea(e, 1, RAX, a->n, group->low);
-        mov(e, 0, RCX, RAX);
-        shift(e, 0, SHR, RCX, PAGE_BITS - 5);
-        alu_imm(e, 0, AND, RCX, (TLB_SIZE - 1) << 5);
-        op_rm(e, 1, 0x03, RCX, CPU, AT(bank));
-        alu_imm(e, 1, ADD, RAX, group->span - 1);
-        alu_imm(e, 1, AND, RAX, -PAGE_SIZE);
-        size_t tag = group->write ? offsetof(struct tlb_entry, write) : offsetof(struct tlb_entry, read);
-        op_rm(e, 1, 0x3b, RAX, RCX, (int32_t)tag);
-        load(e, 1, a->scratch, RCX, offsetof(struct tlb_entry, addend));
+        unsigned va = a->n;
+        if (group->low)
+            lea(e, 1, va = RAX, a->n, group->low);
+        find_entry(e, va, AT(bank));
+        lea(e, 1, RDX, va, group->span - 1);
+        alu_imm(e, 1, AND, RDX, -PAGE_SIZE);
+        op_rm(e, 1, 0x3b, RDX, RCX, tag(group->write));
         also_from(o, jcc(e, NE));
+        load(e, 1, a->scratch, RCX, offsetof(struct tlb_entry, addend));
     } else {
         test(e, 1, a->scratch, a->scratch);
         also_from(o, jcc(e, E));
@@ -429,8 +442,7 @@ static void emit_literal(struct emit *e, const struct uop *u, uint32_t arg) {
         a.t = (uint8_t)reserve(e, u->rd);
     struct outlined *o = slow_call(e, u);
     lea(e, 1, RAX, PAGE, pc_base(e, u) + (int32_t)u->imm);
-    translate(e, o, 1u << (arg & 7), false, false);
-    move(e, u, &a, (struct place){RAX, NO_REG, 0});
+    move(e, u, &a, translate(e, o, RAX, 1u << (arg & 7), false, false));
     if (!(arg & VECTOR))
         dirty(e, u->rd);
     comes_back(e, o);
@@ -438,24 +450,20 @@ static void emit_literal(struct emit *e, const struct uop *u, uint32_t arg) {
 
 /* ---- Atomics: the host's are stronger than any of Arm's orders --------------------------------------------------- */
 
-/* RAX: the host's address, in RDX when `moved`. */
-static struct outlined *atomic_address(struct emit *e, const struct uop *u, unsigned n, unsigned size, bool moved) {
-    struct outlined *o = slow_call(e, u);
+static struct place atomic_address(struct emit *e, const struct uop *u, unsigned n, unsigned size, struct outlined *o) {
     uint32_t arg = size | STORES | ALIGNED | M_BASE << MODE;
-    address(e, u, arg, (struct operands){n, NO_REG}, o);
-    translate(e, o, 1u << size, true, false);
-    if (moved)
-        mov(e, 1, RDX, RAX);
-    return o;
+    unsigned va = address(e, u, arg, (struct operands){n, NO_REG}, o);
+    return translate(e, o, va, 1u << size, true, false);
 }
 
 /* arg: log2 of the size, 2 or 3. */
 static void emit_cas(struct emit *e, const struct uop *u, uint32_t arg) {
     unsigned w = arg == 3, n = use(e, u->rn), t = use(e, u->rd), m = use(e, u->rm), d = reserve(e, u->ra);
-    struct outlined *o = atomic_address(e, u, n, arg, true);
+    struct outlined *o = slow_call(e, u);
+    struct place at = atomic_address(e, u, n, arg, o);
     mov(e, w, RAX, m);
     byte(e, 0xf0);
-    op_rm(e, w, 0x0fb1, t, RDX, 0);
+    op_at(e, w, 0x0fb1, t, at, 0);
     if (u->ra != R_SINK) {
         mov(e, w, d, RAX);
         dirty(e, u->ra);
@@ -472,18 +480,19 @@ static void emit_fetch(struct emit *e, const struct uop *u, uint32_t arg) {
         return;
     }
     unsigned n = use(e, u->rn), m = use(e, u->rm), d = reserve(e, u->rd);
-    struct outlined *o = atomic_address(e, u, n, size, false);
+    struct outlined *o = slow_call(e, u);
+    struct place at = atomic_address(e, u, n, size, o);
     mov(e, 1, RCX, m);
     if (what == A_CLR)
         op_rr(e, 1, 0xf7, 2, RCX);
     if (what != A_SWP)
         byte(e, 0xf0);
     switch (what) {
-    case A_SWP: op_rm(e, w, 0x87, RCX, RAX, 0); break;
-    case A_ADD: op_rm(e, w, 0x0fc1, RCX, RAX, 0); break;
-    case A_EOR: op_rm(e, w, 8 * XOR + 1, RCX, RAX, 0); break;
-    case A_SET: op_rm(e, w, 8 * OR + 1, RCX, RAX, 0); break;
-    default: op_rm(e, w, 8 * AND + 1, RCX, RAX, 0);
+    case A_SWP: op_at(e, w, 0x87, RCX, at, 0); break;
+    case A_ADD: op_at(e, w, 0x0fc1, RCX, at, 0); break;
+    case A_EOR: op_at(e, w, 8 * XOR + 1, RCX, at, 0); break;
+    case A_SET: op_at(e, w, 8 * OR + 1, RCX, at, 0); break;
+    default: op_at(e, w, 8 * AND + 1, RCX, at, 0);
     }
     if (u->rd != R_SINK) {
         mov(e, w, d, RCX);
