@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -50,15 +50,22 @@ def sparse(path: Path, size: int) -> Path:
     return path
 
 
-@booted_only("looks at the disk's file, which a restored VM does not write to")
-@needs_e2fsprogs
-async def test_ext4_is_filled_and_clean(debian: Fetched, tmp_path: Path) -> None:
-    disk = sparse(tmp_path / "disk.img", 64 << 20)
+@contextlib.asynccontextmanager
+async def mounted(disk: Path, debian: Fetched) -> AsyncIterator[avmm.VirtualMachine]:
+    """A guest with a new ext4 on ``disk``, at ``/mnt``."""
     run("mkfs.ext4", "-q", disk)
     async with avmm.boot(debian.kernel, debian.initrd, drives=[disk]) as vm:
         await vm.console.expect(READY, timeout=120)
         code, said = await shell(vm, "mount -t ext4 /dev/vda /mnt")
         assert code == 0, said
+        yield vm
+
+
+@booted_only("looks at the disk's file, which a restored VM does not write to")
+@needs_e2fsprogs
+async def test_ext4_is_filled_and_clean(debian: Fetched, tmp_path: Path) -> None:
+    disk = sparse(tmp_path / "disk.img", 64 << 20)
+    async with mounted(disk, debian) as vm:
         code, said = await shell(
             vm, "dd if=/dev/urandom of=/mnt/big bs=64k count=64 2>/dev/null && cp -a /bin/busybox /mnt && "
             "for i in 1 2 3 4 5 6 7 8; do cp /mnt/busybox /mnt/$i; done; rm /mnt/3 /mnt/7; md5sum /mnt/big",
@@ -231,11 +238,7 @@ async def test_a_full_host_disk_is_an_error_in_the_guest(name: str, debian: Fetc
 async def test_a_journal_outlives_a_power_cut(seed: int | None, debian: Fetched, tmp_path: Path) -> None:
     """What a disk with a volatile cache had flushed is there, however much of the rest arrived."""
     disk = sparse(tmp_path / "disk.img", 64 << 20)
-    run("mkfs.ext4", "-q", disk)
-    async with avmm.boot(debian.kernel, debian.initrd, drives=[disk]) as vm:
-        await vm.console.expect(READY, timeout=120)
-        code, said = await shell(vm, "mount -t ext4 /dev/vda /mnt")
-        assert code == 0, said
+    async with mounted(disk, debian) as vm:
         vm.drives[0].hold_writes()
         vm.console.write(
             b"i=0; while i=$((i + 1)); do yes $i | dd of=/mnt/$i bs=64k count=1 iflag=fullblock conv=fsync 2>/dev/null "
