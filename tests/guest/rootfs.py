@@ -60,8 +60,9 @@ mount -t ext4 -o noatime /dev/vda /mnt || { echo 'rootfs: /dev/vda has no file s
 for each in dev proc sys run; do mount --move /$each /mnt/$each; done
 mount -t tmpfs tmpfs /mnt/tmp
 cp /etc/resolv.conf /mnt/etc/resolv.conf 2>/dev/null
-mkdir /run/busybox
-/bin/busybox --install -s /run/busybox
+mkdir /mnt/run/busybox
+/bin/busybox --install -s /mnt/run/busybox
+for each in fd:fd stdin:fd/0 stdout:fd/1 stderr:fd/2; do ln -s /proc/self/${each#*:} /mnt/dev/${each%:*}; done
 exec switch_root -c /dev/console /mnt /bin/busybox sh -c '
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/run/busybox
 export HOME=/root LANG=C.UTF-8 TERM=dumb PS1=

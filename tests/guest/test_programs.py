@@ -28,7 +28,7 @@ pytestmark = [
 
 #: What runs both in the guest and here.
 PROGRAMS = Path(__file__).parent / "programs"
-PACKAGES = ["openssl", "libpython3.11-testsuite", "perl-base", "luajit", "stress-ng"]
+PACKAGES = ["openssl", "libpython3.11-testsuite", "netbase", "perl-base", "luajit", "stress-ng"]
 
 #: Of Python's own tests: those that compute. The long list adds what leans on the kernel, and on the whole of libc.
 PYTHON_SHORT = "test_float test_math test_cmath test_struct"
@@ -134,7 +134,8 @@ async def test_python_s_own_tests(shell: Shell) -> None:
 @pytest.mark.parametrize("test", PYTHON_LONG.split())
 async def test_python_s_own_tests_at_length(shell: Shell, test: str) -> None:
     await shell.check("ip link set lo up; python3.11 -c 'import ssl'")
-    said = await shell.check(f"python3.11 -m test {test}", timeout=1800)
+    # Left out: two of test_ctypes that ask a compiler and a linker, which there are not.
+    said = await shell.check(f"python3.11 -m test {test} -i 'test_find_library_with_*'", timeout=1800)
     assert "Tests result: SUCCESS" in said
 
 
