@@ -27,7 +27,9 @@ CONTENT = TABLES + SPACES * 0x3000
 LOWER_SYNC = 0x400
 
 MSR_TTBR0_X1, ISB, ERET, DSB = 0xD5182001, 0xD5033FDF, 0xD69F03E0, 0xD5033B9F
+MSR_TCR_X7, LDR_X6_X0 = 0xD5182047, 0xF9400006
 LDTR_X6_X0, MOVZ_X5, SVC = 0xF8400806, 0xD2800005, 0xD4000001
+SET_TCR, LOAD = RAM + 0x800, RAM + 0x80C  # code of the guest
 WORD = 0x100  # where a content's page has its number, besides the code that tells it
 
 VMALLE1, VAE1, ASIDE1, VAAE1, VALE1, VAALE1 = 0, 1, 2, 3, 5, 7
@@ -37,6 +39,13 @@ TLBI = [(op, shareable) for op in (VMALLE1, VAE1, ASIDE1, VAAE1, VALE1, VAALE1) 
 BLOCK, PAGE, TABLE = 1, 3, 3
 SHAREABLE, ACCESSED, EL0_READS, NOT_GLOBAL = 3 << 8, 1 << 10, 3 << 6, 1 << 11
 UXN, PXN = 1 << 54, 1 << 53
+
+#: TCR_EL1: 39 bits and 4 KiB below, nothing above; and with the same above, where TG1's 4 KiB is 2.
+T0SZ, T1SZ, EPD1, A1, TBI0 = 25, 25 << 16, 1 << 23, 1 << 22, 1 << 37
+TCR = T0SZ | 1 << 8 | 1 << 10 | 3 << 12 | EPD1 | 2 << 32
+TCR_BOTH = TCR & ~EPD1 | T1SZ | 1 << 24 | 1 << 26 | 3 << 28 | 2 << 30
+UPPER = 0xFFFF_FF80_0000_0000
+TTBR1_EL1 = sysreg(3, 0, 2, 0, 1)
 
 
 class Spaces:
@@ -64,9 +73,10 @@ class Spaces:
             register = 31 if op == VMALLE1 else 4
             word = 0xD5088000 | (3 if shareable else 7) << 8 | op << 5 | register
             guest.poke(RAM + 0x100 + 0x20 * index, word, DSB, ISB, HVC)
+        guest.poke(SET_TCR, MSR_TCR_X7, ISB, HVC, LDR_X6_X0, HVC)
         for register, value in (
             (MAIR_EL1, 0xFF),
-            (TCR_EL1, 25 | 1 << 8 | 1 << 10 | 3 << 12 | 1 << 23 | 2 << 32),
+            (TCR_EL1, TCR),
             (sysreg(3, 0, 2, 0, 0), self.ttbr(0)),
             (SCTLR_EL1, 0x30D0_0800 | 1 << 12 | 1 << 2 | 1),
         ):
@@ -108,11 +118,15 @@ class Spaces:
                     self.may[s][p] = {self.now[s][p]}
 
     def visit(self, space: int, page: int) -> None:
+        """Switch to the space, and read and run the page."""
+        self.visit_current(RAM, space, page)
+
+    def visit_current(self, pc: int, space: int, page: int) -> None:
         va = 0x1000 * (page + 1)
         vcpu = self.guest.vcpu
         vcpu.set_sysreg(ELR_EL1, va)
         vcpu.set_sysreg(SPSR_EL1, EL0T_MASKED)
-        self.run(RAM, {0: va + WORD, 1: self.ttbr(space)})
+        self.run(pc, {0: va + WORD, 1: self.ttbr(space)})
         assert vcpu.get_reg(5) in self.may[space][page], (space, page)
         assert vcpu.get_reg(6) in self.may[space][page], (space, page)
 
@@ -150,3 +164,36 @@ def test_coming_back_costs_no_walk(spaces: Spaces) -> None:
             for page in range(PAGES):
                 spaces.visit(space, page)
     assert spaces.misses() - before <= 3 * 2
+
+
+@pytest.mark.parametrize("op", [VAE1, ASIDE1])
+def test_the_asid_is_of_the_table_that_tcr_names(spaces: Spaces, op: int) -> None:
+    """By A1 it becomes TTBR1's: since then what is seen has that ASID, and TLBI by it forgets it (D8.13.3)."""
+    upper = SPACES  # a number of space whose ASID no space has
+    spaces.guest.vcpu.set_sysreg(TTBR1_EL1, spaces.ttbr(upper))
+    spaces.visit(0, 0)
+    spaces.run(SET_TCR, {7: TCR | A1})
+    spaces.visit_current(RAM + 4, 0, 0)  # without writing TTBR0
+    spaces.change(0, 0, 1)
+    spaces.run(RAM + 0x100 + 0x20 * TLBI.index((op, False)), {4: (upper + 1) << 48 | 1})
+    spaces.may[0][0] = {1}
+    spaces.visit_current(RAM + 4, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "va"),
+    [
+        pytest.param(TCR_BOTH, TCR_BOTH | EPD1, UPPER, id="EPD1"),
+        pytest.param(TCR_BOTH, TCR_BOTH & ~T1SZ | 32 << 16, UPPER, id="T1SZ"),
+        pytest.param(TCR | TBI0, TCR, 0x5A << 56, id="TBI0"),
+    ],
+)
+def test_what_tcr_no_longer_allows_is_a_fault(spaces: Spaces, before: int, after: int, va: int) -> None:
+    """At once, as it was seen a moment ago: of a global page, which no change of ASID makes an engine forget."""
+    spaces.guest.vcpu.set_sysreg(TTBR1_EL1, spaces.ttbr(0))
+    va += 0x1000 * PAGES + WORD
+    loaded, fault = LOAD + 8, VECTORS + 0x200 + 4
+    for tcr, ends_at in (before, loaded), (after, fault), (before, loaded):
+        spaces.run(SET_TCR, {7: tcr})
+        spaces.run(LOAD, {0: va})
+        assert spaces.guest.vcpu.get_reg(Reg.PC) == ends_at, hex(tcr)
