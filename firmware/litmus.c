@@ -257,9 +257,11 @@ static void lock_free_stack(u64 self)
     meet();
 }
 
-// The same made to happen: between one CPU's load-exclusive and its store-exclusive another changes the value and changes
-// it back. Two CPUs.
-static void changed_back(u64 self)
+// Between one CPU's load-exclusive and its store-exclusive another changes the value: and back again, which is the stack's
+// trouble made to happen; or by a store or an atomic, which know nothing of exclusives. Two CPUs.
+enum { AND_BACK, STORE, ATOMIC };
+
+static void changed_meanwhile(u64 self, unsigned how)
 {
     u64 end = start();
     for (u64 i = 1; self < 2 && !over; i++) {
@@ -279,8 +281,14 @@ static void changed_back(u64 self)
                 __asm__ volatile("yield");
             if (over)
                 break;
-            add(&x, 1);
-            add(&x, -1UL);
+            if (how == AND_BACK) {
+                add(&x, 1);
+                add(&x, -1UL);
+            } else if (how == STORE) {
+                x = i;
+            } else {
+                __asm__ volatile("stadd %0, [%1]" ::"r"(1UL), "r"(&x) : "memory");
+            }
             store_release(&stop, i);
         }
     }
@@ -407,7 +415,8 @@ static void work(u64 self)
     tell(self, "store_buffering_barriers");
     store_buffering(self, ORDERED);
     tell(self, "store_buffering_release_acquire");
-    if (read_sysreg(id_aa64isar0_el1) >> 20 & 15) {
+    bool lse = read_sysreg(id_aa64isar0_el1) >> 20 & 15;
+    if (lse) {
         store_buffering(self, SWAP);
         tell(self, "store_buffering_swap");
     }
@@ -419,8 +428,14 @@ static void work(u64 self)
     }
     lock_free_stack(self);
     tell(self, "lock_free_stack");
-    changed_back(self);
+    changed_meanwhile(self, AND_BACK);
     tell(self, "store_exclusive_changed_back");
+    changed_meanwhile(self, STORE);
+    tell(self, "store_exclusive_stored_over");
+    if (lse) {
+        changed_meanwhile(self, ATOMIC);
+        tell(self, "store_exclusive_added_to");
+    }
     shoot_down(self);
     tell(self, "shoot_down");
     patched_code(self);
