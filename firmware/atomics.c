@@ -10,11 +10,11 @@ static volatile u64 count;
 static bool lse;
 static struct {
     volatile u64 value __attribute__((aligned(64))); // a cache line each
-} exclusive, acquire_release, byte_counter, locked, added, compared, halves;
+} exclusive, acquire_release, byte_counter, locked, added, compared, halves, contended;
 static volatile u32 lock __attribute__((aligned(64)));
 static volatile u64 pair[2] __attribute__((aligned(64)));
 static volatile u64 token __attribute__((aligned(64)));
-static volatile u64 arrived, finished, taken[MAX_CPUS][8], bad_pairs;
+static volatile u64 arrived, ready, finished, taken[MAX_CPUS][8], bad_pairs;
 
 static void add_exclusive(volatile u64 *at)
 {
@@ -119,11 +119,16 @@ static void swap_token(u64 self)
         add_exclusive(&bad_pairs);
 }
 
+static void meet(volatile u64 *here)
+{
+    add_exclusive(here);
+    while (*here < count)
+        ;
+}
+
 static void work(u64 self)
 {
-    add_exclusive(&arrived);
-    while (arrived < count)
-        ;
+    meet(&arrived);
     for (u64 i = 0; i < updates; i++) {
         add_exclusive(&exclusive.value);
         add_acquire_release(&acquire_release.value);
@@ -137,6 +142,9 @@ static void work(u64 self)
             swap_token(self);
         }
     }
+    meet(&ready);
+    for (u64 i = 0; lse && i < 64 * updates; i++) // with nothing in between: most of them meet another CPU's
+        __asm__ volatile("stadd %0, [%1]" ::"r"(1UL), "r"(&contended.value) : "memory");
     dsb(sy);
     add_exclusive(&finished);
 }
@@ -224,6 +232,7 @@ void main(const void *device_tree)
     if (lse) {
         check_equal("ldadd_total", added.value, total);
         check_equal("stadd_total", halves.value, total << 32);
+        check_equal("contended_total", contended.value, 64 * total);
         check_equal("cas_total", compared.value, 3 * total);
         for (u64 index = 0; index < count; index++)
             swapped += taken[index][0];
