@@ -9,7 +9,7 @@ __asm__(".arch_extension lse");
 
 #define LINE __attribute__((aligned(128)))
 #define BASE 0xffffff8000000000UL                 // T1SZ 25: 39 bits, from level 1
-#define DATA_PAGE 0x600000000007a3UL              // UXN, PXN, AF, inner shareable, EL1 read-only, Normal, page
+#define DATA_PAGE 0x600000000007a7UL              // UXN, PXN, AF, inner shareable, EL1 read-only, Normal, page
 #define VA_ARGUMENT(va) ((va) >> 12 & 0xfffffffffffUL)
 #define SAMPLES 256
 #define NODES 6

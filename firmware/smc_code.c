@@ -4,7 +4,7 @@
 #include "guest.h"
 
 #define BASE 0xffffff8000000000UL // T1SZ 25: 39 bits, from level 1
-#define CODE_PAGE 0x400000000007a3UL // UXN, AF, inner shareable, EL1 read-only, Normal, page
+#define CODE_PAGE 0x400000000007a7UL // UXN, AF, inner shareable, EL1 read-only, Normal, page
 #define RET 0xd65f03c0U
 #define NOP 0xd503201fU
 #define MOVZ(value) (0xd2800000U | ((u32)(value) & 0xffff) << 5) // MOV X0, #value
