@@ -3,7 +3,7 @@
     avmm.hypervisor._softhv       hv.h, hv_gic.h, frame.h, irqchip.h, softhv/softhv.h: our own engine; everywhere
     avmm.hypervisor._framework    hv.h, frame.h, irqchip.h, compiled against Apple's headers; macOS on Apple silicon
 
-``python setup.py build_ext --inplace`` rebuilds what has changed. AVMM_SANITIZE=1 in the environment adds
+``pip install --no-deps -e .`` rebuilds what has changed. AVMM_SANITIZE=1 in the environment adds
 AddressSanitizer and UBSan (the interpreter then needs libasan preloaded).
 """
 
