@@ -146,7 +146,7 @@ static void work(u64 self)
     for (u64 i = 0; lse && i < 64 * updates; i++) // with nothing in between: most of them meet another CPU's
         __asm__ volatile("stadd %0, [%1]" ::"r"(1UL), "r"(&contended.value) : "memory");
     dsb(sy);
-    add_exclusive(&finished);
+    meet(&finished);
 }
 
 static void secondary(struct cpu *self) { work(self->index); }
@@ -207,7 +207,7 @@ void main(const void *device_tree)
 {
     updates = argument(device_tree, "n", 20000);
     u64 cpus = argument(device_tree, "cpus", MAX_CPUS);
-    lse = (read_sysreg(id_aa64isar0_el1) >> 20 & 15) >= 2;
+    lse = has_lse();
     value("lse", lse);
     single_cpu_rules();
     token = 1;
@@ -217,8 +217,6 @@ void main(const void *device_tree)
     count = started;
     u64 start = counter();
     work(0);
-    while (finished < count)
-        ;
     value("cntfrq", read_sysreg(cntfrq_el0));
     value("ticks", counter() - start);
     u64 total = updates * count, swapped = 0;

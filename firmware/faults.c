@@ -6,18 +6,8 @@
 #include "guest.h"
 
 #define L0_BASE 0xffff000000000000UL // T1SZ 16: 48 bits, from level 0
-#define VALID_TABLE 3UL
-#define PAGE 3UL
-#define AF (1UL << 10)
-#define SH_INNER (3UL << 8)
-#define NORMAL (1UL << 2)
-#define EL0_ACCESS (1UL << 6)
-#define READ_ONLY (1UL << 7)
-#define PXN (1UL << 53)
-#define UXN (1UL << 54)
 #define TABLE_READ_ONLY (2UL << 61) // APTable
 #define TABLE_NO_EL0 (1UL << 61)
-#define PAGE_ATTRIBUTES (PAGE | AF | SH_INNER | NORMAL)
 #define BEYOND (1UL << 47) // an output address bit no PARange below 48 bits has
 
 // Pages of the level 3 table, 4 KiB apart.

@@ -9,7 +9,7 @@ __asm__(".arch_extension lse");
 
 #define LINE __attribute__((aligned(128)))
 #define BASE 0xffffff8000000000UL                 // T1SZ 25: 39 bits, from level 1
-#define DATA_PAGE 0x600000000007a7UL              // UXN, PXN, AF, inner shareable, EL1 read-only, Normal, page
+#define DATA_PAGE (PAGE_ATTRIBUTES | READ_ONLY | PXN | UXN)
 #define VA_ARGUMENT(va) ((va) >> 12 & 0xfffffffffffUL)
 #define SAMPLES 256
 #define NODES 6
@@ -320,8 +320,8 @@ static void use_tables(void)
 static void shoot_down(u64 self)
 {
     if (self == 0) {
-        level1[0] = (u64)level2 | 3;
-        level2[0] = (u64)level3 | 3;
+        level1[0] = (u64)level2 | VALID_TABLE;
+        level2[0] = (u64)level3 | VALID_TABLE;
         level3[0] = (u64)pages[0] | DATA_PAGE;
         pages[0][0] = pages[1][0] = 1;
         dsb(ish);
@@ -415,7 +415,7 @@ static void work(u64 self)
     tell(self, "store_buffering_barriers");
     store_buffering(self, ORDERED);
     tell(self, "store_buffering_release_acquire");
-    bool lse = read_sysreg(id_aa64isar0_el1) >> 20 & 15;
+    bool lse = has_lse();
     if (lse) {
         store_buffering(self, SWAP);
         tell(self, "store_buffering_swap");

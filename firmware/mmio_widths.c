@@ -153,7 +153,7 @@ static void odd(void)
     ODD(str_post, match, 0, 8);
     ODD(ldxr, id, 0, 0);
     ODD(stxr, match, 7, 0);
-    if ((read_sysreg(id_aa64isar0_el1) >> 20 & 15) >= 2) {
+    if (has_lse()) {
         ODD(ldadd, match, 1, 0);
         ODD(cas, match, 1, 0);
     }

@@ -4,7 +4,7 @@
 #include "guest.h"
 
 #define BASE 0xffffff8000000000UL // T1SZ 25: 39 bits, from level 1
-#define CODE_PAGE 0x400000000007a7UL // UXN, AF, inner shareable, EL1 read-only, Normal, page
+#define CODE_PAGE (PAGE_ATTRIBUTES | READ_ONLY | UXN)
 #define RET 0xd65f03c0U
 #define NOP 0xd503201fU
 #define MOVZ(value) (0xd2800000U | ((u32)(value) & 0xffff) << 5) // MOV X0, #value
@@ -39,8 +39,8 @@ static void map(u64 index, const u32 *page, u64 attributes)
 
 static void make_tables(void)
 {
-    level1[0] = (u64)level2 | 3;
-    level2[0] = (u64)level3 | 3;
+    level1[0] = (u64)level2 | VALID_TABLE;
+    level2[0] = (u64)level3 | VALID_TABLE;
     u64 tcr = read_sysreg(tcr_el1) & ~((u64)TCR_EPD1 | 0xff7f0000UL);
     write_sysreg(ttbr1_el1, (u64)level1);
     write_sysreg(tcr_el1, tcr | 25UL << 16 | 1UL << 24 | 1UL << 26 | 3UL << 28 | 2UL << 30);

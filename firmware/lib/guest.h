@@ -27,6 +27,18 @@ typedef int64_t s64;
 #define EL1T 0x3c4UL
 #define EL1H 0x3c5UL
 
+// Descriptors of the stage 1 tables (D8.3), with a block's or a page's attributes. NORMAL is MAIR's attribute 1.
+#define VALID_TABLE 3UL
+#define PAGE 3UL
+#define AF (1UL << 10)
+#define SH_INNER (3UL << 8)
+#define NORMAL (1UL << 2)
+#define EL0_ACCESS (1UL << 6)
+#define READ_ONLY (1UL << 7)
+#define PXN (1UL << 53)
+#define UXN (1UL << 54)
+#define PAGE_ATTRIBUTES (PAGE | AF | SH_INNER | NORMAL)
+
 #define read_sysreg(name) ({ u64 value_; __asm__ volatile("mrs %0, " #name : "=r"(value_)::"memory"); value_; })
 #define write_sysreg(name, value) __asm__ volatile("msr " #name ", %x0" ::"rZ"((u64)(value)) : "memory")
 #define isb() __asm__ volatile("isb" ::: "memory")
@@ -34,6 +46,8 @@ typedef int64_t s64;
 #define wfi() __asm__ volatile("dsb sy\n\twfi" ::: "memory")
 #define irq_enable() __asm__ volatile("msr daifclr, #2\n\tisb" ::: "memory")
 #define irq_disable() __asm__ volatile("msr daifset, #2\n\tisb" ::: "memory")
+
+static inline bool has_lse(void) { return (read_sysreg(id_aa64isar0_el1) >> 20 & 15) >= 2; } // its field Atomic
 
 static inline u64 counter(void) // CNTVCT_EL0, not read ahead of what comes before it
 {
