@@ -26,16 +26,21 @@ struct place { /* in host memory */
     int32_t disp;
 };
 
-/* RCX = the TLB entry of the address in register `va`. */
-static void find_entry(struct emit *e, unsigned va, int32_t bank) {
+/* Register `addend` = what is added to the guest's `va`, a register, for `size` bytes there; RCX and RDX are lost. */
+static void look_up(struct emit *e, struct outlined *o, unsigned addend, unsigned va, unsigned size, bool write,
+                    int32_t bank) {
     mov(e, 0, RCX, va);
     shift(e, 0, SHR, RCX, PAGE_BITS - 5);
     alu_imm(e, 0, AND, RCX, (TLB_SIZE - 1) << 5);
     op_rm(e, 1, 0x03, RCX, CPU, bank);
-}
-
-static int32_t tag(bool write) {
-    return write ? offsetof(struct tlb_entry, write) : offsetof(struct tlb_entry, read);
+    if (size > 1)
+        lea(e, 1, RDX, va, (int32_t)size - 1);
+    else
+        mov(e, 1, RDX, va);
+    alu_imm(e, 1, AND, RDX, -PAGE_SIZE);
+    op_rm(e, 1, 0x3b, RDX, RCX, write ? offsetof(struct tlb_entry, write) : offsetof(struct tlb_entry, read));
+    also_from(o, jcc(e, NE));
+    load(e, 1, addend, RCX, offsetof(struct tlb_entry, addend));
 }
 
 /* Where `size` bytes at the guest's `va`, a register, are; RCX is lost, and RDX is part of the answer. */
@@ -45,15 +50,7 @@ static struct place translate(struct emit *e, struct outlined *o, unsigned va, u
         cmp_byte(e, AT(uao), 0); /* the op's affair: it counts at EL1 only */
         also_from(o, jcc(e, NE));
     }
-    find_entry(e, va, unprivileged ? AT(tlb[MMU_EL0]) : AT(bank));
-    if (size > 1)
-        lea(e, 1, RDX, va, (int32_t)size - 1);
-    else
-        mov(e, 1, RDX, va);
-    alu_imm(e, 1, AND, RDX, -PAGE_SIZE);
-    op_rm(e, 1, 0x3b, RDX, RCX, tag(write));
-    also_from(o, jcc(e, NE));
-    load(e, 1, RDX, RCX, offsetof(struct tlb_entry, addend));
+    look_up(e, o, RDX, va, size, write, unprivileged ? AT(tlb[MMU_EL0]) : AT(bank));
     return (struct place){va, RDX, 0};
 }
 
@@ -379,12 +376,7 @@ static void grouped_access(struct emit *e, const struct uop *u, struct transfer 
         unsigned va = a->n;
         if (group->low)
             lea(e, 1, va = RAX, a->n, group->low);
-        find_entry(e, va, AT(bank));
-        lea(e, 1, RDX, va, group->span - 1);
-        alu_imm(e, 1, AND, RDX, -PAGE_SIZE);
-        op_rm(e, 1, 0x3b, RDX, RCX, tag(group->write));
-        also_from(o, jcc(e, NE));
-        load(e, 1, a->scratch, RCX, offsetof(struct tlb_entry, addend));
+        look_up(e, o, a->scratch, va, (unsigned)group->span, group->write, AT(bank));
     } else {
         test(e, 1, a->scratch, a->scratch);
         also_from(o, jcc(e, E));
