@@ -117,16 +117,13 @@ class Spaces:
                 if covered.get(op, p == page and by_asid):
                     self.may[s][p] = {self.now[s][p]}
 
-    def visit(self, space: int, page: int) -> None:
-        """Switch to the space, and read and run the page."""
-        self.visit_current(RAM, space, page)
-
-    def visit_current(self, pc: int, space: int, page: int) -> None:
+    def visit(self, space: int, page: int, switch: bool = True) -> None:
+        """Read and run the page; without ``switch`` TTBR0 must already be the space's, and is not written."""
         va = 0x1000 * (page + 1)
         vcpu = self.guest.vcpu
         vcpu.set_sysreg(ELR_EL1, va)
         vcpu.set_sysreg(SPSR_EL1, EL0T_MASKED)
-        self.run(pc, {0: va + WORD, 1: self.ttbr(space)})
+        self.run(RAM if switch else RAM + 4, {0: va + WORD, 1: self.ttbr(space)})
         assert vcpu.get_reg(5) in self.may[space][page], (space, page)
         assert vcpu.get_reg(6) in self.may[space][page], (space, page)
 
@@ -173,11 +170,11 @@ def test_the_asid_is_of_the_table_that_tcr_names(spaces: Spaces, op: int) -> Non
     spaces.guest.vcpu.set_sysreg(TTBR1_EL1, spaces.ttbr(upper))
     spaces.visit(0, 0)
     spaces.run(SET_TCR, {7: TCR | A1})
-    spaces.visit_current(RAM + 4, 0, 0)  # without writing TTBR0
+    spaces.visit(0, 0, switch=False)
     spaces.change(0, 0, 1)
-    spaces.run(RAM + 0x100 + 0x20 * TLBI.index((op, False)), {4: (upper + 1) << 48 | 1})
+    spaces.tlbi(TLBI.index((op, False)), upper, 0)
     spaces.may[0][0] = {1}
-    spaces.visit_current(RAM + 4, 0, 0)
+    spaces.visit(0, 0, switch=False)
 
 
 @pytest.mark.parametrize(
