@@ -62,7 +62,10 @@ mount -t tmpfs tmpfs /mnt/tmp
 cp /etc/resolv.conf /mnt/etc/resolv.conf 2>/dev/null
 mkdir /mnt/run/busybox
 /bin/busybox --install -s /mnt/run/busybox
-for each in fd:fd stdin:fd/0 stdout:fd/1 stderr:fd/2; do ln -s /proc/self/${each#*:} /mnt/dev/${each%:*}; done
+ln -s /proc/self/fd /mnt/dev/fd
+ln -s fd/0 /mnt/dev/stdin
+ln -s fd/1 /mnt/dev/stdout
+ln -s fd/2 /mnt/dev/stderr
 exec switch_root -c /dev/console /mnt /bin/busybox sh -c '
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/run/busybox
 export HOME=/root LANG=C.UTF-8 TERM=dumb PS1=
