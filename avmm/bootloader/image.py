@@ -14,11 +14,12 @@ from avmm.bootloader import compress
 from avmm.errors import ImageError
 
 _HEADER_SIZE = 64
+_HEADER = struct.Struct("<8x3Q24x4xI")  # code; text_offset, image_size, flags; reserved, magic; offset of the PE header
 _MAGIC_AT, _MAGIC = 56, b"ARM\x64"
 #: Where kernels older than Linux 3.17, which leave ``image_size`` zero, want to be.
 _OLD_TEXT_OFFSET = 0x8_0000
-#: Files are read in pieces of so many bytes: a file may be endless, and a guest's memory larger than the host's.
-_PIECE = 1 << 24
+#: What does not say how long it is (a pipe, a device) is read in pieces of so many bytes: it may be endless.
+_PIECE = 1 << 20
 
 #: A kernel file in a folder of its own can be packed twice (zboot in gzip), not more.
 _NESTING = 2
@@ -44,10 +45,15 @@ def read_file(path: str | os.PathLike[str], what: str, limit: int) -> bytes:
     """The content of an image file called ``what`` in errors. Raises ImageError, also over ``limit`` bytes."""
     path = Path(path)
     try:
-        with path.open("rb") as stream:
-            content = bytearray()
-            while len(content) <= limit and (piece := stream.read(_PIECE)):
-                content += piece
+        with path.open("rb", buffering=0) as stream:
+            # A file in one piece, as each copy of a kernel costs as much as 1 % of its boot.
+            piece_size = max(os.fstat(stream.fileno()).st_size, _PIECE)
+            pieces: list[bytes] = []
+            left = limit + 1
+            while left and (piece := stream.read(min(left, piece_size))):
+                pieces.append(piece)
+                left -= len(piece)
+            content = b"".join(pieces)
     except FileNotFoundError:
         raise ImageError(f"{path}: there is no such {what}; `avmm fetch debian` gets one") from None
     except IsADirectoryError:
@@ -58,7 +64,7 @@ def read_file(path: str | os.PathLike[str], what: str, limit: int) -> bytes:
         raise ImageError(f"{path}: this {what} is empty: get the file again")
     if len(content) > limit:
         raise ImageError(f"{path}: this {what} is larger than the guest's memory of {limit >> 20} MiB: give it more")
-    return bytes(content)
+    return content
 
 
 #: What a machine is loaded with at power-on and at each reset: its kernel and, if it has one, its initrd.
@@ -112,25 +118,20 @@ def _zboot(content: memoryview, memory: int) -> bytes:
 
 
 def _image(content: bytes | memoryview, memory: int) -> Kernel:
-    from construct import Bytes, Const, Int32ul, Int64ul, Padding, Struct
-
     if len(content) < _HEADER_SIZE:
         raise ImageError("the kernel is cut short: get the file again")
-    header = Struct(
-        "code" / Bytes(8), "text_offset" / Int64ul, "image_size" / Int64ul, "flags" / Int64ul, Padding(24),
-        "magic" / Const(_MAGIC), "pe_offset" / Int32ul,
-    ).parse(bytes(content[:_HEADER_SIZE]))  # fmt: skip
-    if header.flags & 1:
+    text_offset, image_size, flags, pe_offset = _HEADER.unpack_from(content)
+    if flags & 1:
         raise ImageError("this is a big-endian kernel, and avmm runs little-endian ones only")
-    if len(content) < _file_size(content, header.pe_offset):
+    if len(content) < _file_size(content, pe_offset):
         raise ImageError("the kernel is cut short: get the file again")
-    size = max(header.image_size, len(content))
-    offset = header.text_offset if header.image_size else _OLD_TEXT_OFFSET
+    size = max(image_size, len(content))
+    offset = text_offset if image_size else _OLD_TEXT_OFFSET
     if offset + size > memory:
         need = -(-(offset + size) // (1 << 20))
         raise ImageError(f"the kernel takes {need} MiB, and the guest has {memory >> 20} MiB: give it more memory")
-    page_size = (None, 0x1000, 0x4000, 0x10000)[header.flags >> 1 & 3]
-    return Kernel(content, offset, size, header.flags, page_size)
+    page_size = (None, 0x1000, 0x4000, 0x10000)[flags >> 1 & 3]
+    return Kernel(content, offset, size, flags, page_size)
 
 
 def _file_size(content: bytes | memoryview, pe_offset: int) -> int:

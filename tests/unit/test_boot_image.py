@@ -10,6 +10,7 @@ import os
 import shutil
 import struct
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,19 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         stream.truncate(MEMORY + 1)
     with pytest.raises(ImageError, match="larger than the guest's memory of 64 MiB"):
         load_kernel(tmp_path / "big", MEMORY)
+
+
+def test_a_kernel_through_a_pipe(tmp_path: Path) -> None:
+    """``avmm boot <(make-kernel)``: in many pieces, whose number nobody knows; and one that does not end."""
+    path = tmp_path / "vmlinuz"
+    os.mkfifo(path)
+    whole = image() + bytes(3 * MIB)
+    with ThreadPoolExecutor() as threads:
+        wrote = threads.submit(path.write_bytes, whole)
+        assert load_kernel(path, MEMORY).image == whole
+        assert wrote.result() == len(whole)
+    with pytest.raises(ImageError, match="larger than the guest's memory"):
+        load_kernel("/dev/zero", MEMORY)
 
 
 def test_a_file_one_may_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
