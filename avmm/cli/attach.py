@@ -10,32 +10,31 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import uvloop
-
+from avmm.cli import session
 from avmm.cli.exitcodes import ExitCode
 from avmm.cli.session import KEEP, Outside, beside, exit_code
 from avmm.cli.terminal import HELP, EscapeKey, raw_mode, read_input, say
 from avmm.cli.timing import print_timing
 from avmm.config import VmConfig
-from avmm.snapshot.store import load
 from avmm.vm import Outcome, VirtualMachine
 
 
 def run(config: VmConfig, *, timeout: float | None, timing: bool, monitor: bool, trace: str | None) -> int:
     """Boot and stay until the guest ends, the user quits or ``timeout`` seconds have passed; the exit code."""
-    return uvloop.run(
+    return session.run(
         _attach(lambda: VirtualMachine(config, keep_output=KEEP, monitor=monitor, trace=trace), timeout, timing)
     )
 
 
 def resume(path: Path, *, timeout: float | None, timing: bool, monitor: bool) -> int:
     """The same with the machine in the snapshot ``path``."""
+    from avmm.snapshot.store import load  # takes longer to load than the engine: not for those who have no snapshot
 
     def make() -> VirtualMachine:
         config, origin = load(path)
         return VirtualMachine(config, origin=origin, keep_output=KEEP, monitor=monitor)
 
-    return uvloop.run(_attach(make, timeout, timing))
+    return session.run(_attach(make, timeout, timing))
 
 
 def configure_logging(verbose: int) -> None:

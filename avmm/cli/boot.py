@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 from functools import partial
 
 from avmm.cli.exitcodes import ExitCode
@@ -125,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
         except OSError as error:
             raise ConfigError(f"cannot write {args.dump_dtb}: {error.strerror}") from error
         return ExitCode.POWER_OFF
+    gc.disable()  # until session.run()
     from avmm.cli import attach
 
     _allow_files()

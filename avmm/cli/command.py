@@ -7,8 +7,7 @@ import contextlib
 import os
 import signal
 
-import uvloop
-
+from avmm.cli import session
 from avmm.cli.exitcodes import ExitCode
 from avmm.cli.session import KEEP, Outside, beside, exit_code
 from avmm.cli.terminal import EscapeKey, Output, raw_mode, read_input, say
@@ -38,7 +37,7 @@ def run(
             print_timing(vm)
         return code
 
-    return uvloop.run(go())
+    return session.run(go())
 
 
 async def _run(vm: VirtualMachine, argv: list[str], timeout: float | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 
 from avmm.cli.exitcodes import ExitCode
 from avmm.cli.parser import Commands, Parser, seconds
@@ -64,6 +65,7 @@ def restore(args: argparse.Namespace) -> int:
     """Go on."""
     from pathlib import Path
 
+    gc.disable()  # until session.run()
     from avmm.cli import attach
     from avmm.errors import ImageError
 
