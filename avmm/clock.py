@@ -23,10 +23,12 @@ import select
 import sys
 import time
 from collections.abc import Callable
-from fractions import Fraction
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from avmm.errors import HostError
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 _U64: Final = (1 << 64) - 1
 
@@ -91,8 +93,12 @@ class Clock:
 
     def set_counter_frequency(self, hz: int) -> None:
         """The engine's own word for how fast the guest's counter runs; 0: it does not know."""
-        scale = Fraction(hz * self.timebase.numer, 10**9 * self.timebase.denom)
-        self._scale = scale if scale not in (0, 1) else None
+        guest, host = hz * self.timebase.numer, 10**9 * self.timebase.denom
+        self._scale = None
+        if guest not in (0, host):
+            from fractions import Fraction  # not for a clock like the host's
+
+            self._scale = Fraction(guest, host)
 
     def now(self) -> int:
         """The host counter, in ticks."""

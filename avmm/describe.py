@@ -10,13 +10,11 @@ from typing import Any
 from avmm.attachments import attachments_of, describe_all
 from avmm.board import Board
 from avmm.bootloader.image import Images, load_kernel, read_file
-from avmm.bootloader.initrd import with_agent
 from avmm.bootloader.loader import ENTROPY_SIZE, place
 from avmm.bootloader.machine import RAM_BASE, RNG_SEED_SIZE, build_fdt
 from avmm.config import AGENT_PATH, VmConfig
 from avmm.devices.virtio.transport import VirtioDevice
 from avmm.errors import ConfigError
-from avmm.guest.agent import image
 from avmm.hypervisor import Hypervisor, open_hypervisor
 from avmm.memory import GuestMemory
 from avmm.vcpu import sysregs
@@ -90,6 +88,9 @@ def read_images(config: VmConfig) -> Images:
     kernel = load_kernel(config.kernel, config.memory)
     initrd = None if config.initrd is None else read_file(config.initrd, "initrd", config.memory)
     if initrd is not None and config.agent is not None:
+        from avmm.bootloader.initrd import with_agent  # with libraries that others need not wait for
+        from avmm.guest.agent import image
+
         initrd = with_agent(initrd, image(), AGENT_PATH, config.agent)
     return kernel, initrd
 

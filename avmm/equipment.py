@@ -6,7 +6,7 @@ Each is an attachment; before the start there is only its configuration.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from avmm.attachments.balloon import BalloonAttachment
 from avmm.attachments.base import Attachment
@@ -16,10 +16,7 @@ from avmm.attachments.ports import PortsAttachment
 from avmm.attachments.share import ShareAttachment
 from avmm.attachments.vsock import VsockAttachment
 from avmm.backends.balloon import Balloon
-from avmm.backends.drive import Drive
 from avmm.backends.port import Port
-from avmm.backends.share.server import Share
-from avmm.backends.vsock.host import VsockHost
 from avmm.config import (
     DriveLike,
     NetLike,
@@ -33,6 +30,11 @@ from avmm.config import (
     vsock_configs,
 )
 from avmm.errors import ConfigError
+
+if TYPE_CHECKING:  # what a VM has not been given is not loaded
+    from avmm.backends.drive import Drive
+    from avmm.backends.share.server import Share
+    from avmm.backends.vsock.host import VsockHost
 
 _A = TypeVar("_A", bound=Attachment)
 

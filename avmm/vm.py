@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Itera
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from avmm.aio import cancel, outlast, within
 from avmm.attachments import attachments_of, close_all, open_all
@@ -42,7 +42,6 @@ from avmm.faults import Faults
 from avmm.guest.console import Console
 from avmm.guest.exec import AgentExec, Commands, Exec
 from avmm.guest.panic import PanicWatch
-from avmm.guest.screen import Screen
 from avmm.guest.shell import ShellExec
 from avmm.hardware import Hardware
 from avmm.log import log, recent
@@ -53,6 +52,9 @@ from avmm.snapshot.origin import Origin
 from avmm.vcpu.loop import Event
 from avmm.vcpu.loop import Outcome as VcpuOutcome
 from avmm.vcpu.state import VcpuState
+
+if TYPE_CHECKING:
+    from avmm.guest.screen import Screen
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from avmm.attachments.base import Attachment
 from avmm.backends.port import Port
 from avmm.devices.virtio.console import Console
 from avmm.devices.virtio.transport import VirtioDevice
 from avmm.guest.agent import PORT, Agent
-from avmm.snapfile import Reader
+
+if TYPE_CHECKING:  # see base.py
+    from avmm.snapfile import Reader
 
 
 class AgentAttachment(Attachment):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from avmm.devices.virtio.transport import VirtioDevice
 from avmm.errors import ConfigError
 
-if TYPE_CHECKING:  # it takes a library that only a VM with snapshots needs
+if TYPE_CHECKING:  # a VM waits for nothing that it has not been given: what takes time to load, open() loads
     from avmm.snapfile import Reader, Writer
 
 

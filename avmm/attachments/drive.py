@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from avmm.attachments.base import Attachment
-from avmm.backends.drive import Drive, DriveMoment, StoredDrive, open_drive
 from avmm.config import DriveConfig
 from avmm.devices.virtio.blk import Blk
 from avmm.devices.virtio.transport import VirtioDevice
 from avmm.errors import HostError, ImageError
 
-if TYPE_CHECKING:  # it takes a library that only a VM with snapshots needs
+if TYPE_CHECKING:  # see base.py
+    from avmm.backends.drive import Drive, DriveMoment, StoredDrive
     from avmm.snapfile import Reader, Writer
 
 
@@ -39,6 +39,8 @@ class DriveAttachment(Attachment):
             raise
 
     def _open(self, config: DriveConfig) -> Drive:
+        from avmm.backends.drive import DriveMoment, open_drive
+
         if self._wanted is not None and self._wanted != _fingerprint(config.path):
             raise ImageError(f"the disk {config.path} has changed since the snapshot was made: put the old one back")
         if isinstance(self._past, DriveMoment):
@@ -75,6 +77,8 @@ class DriveAttachment(Attachment):
 
     def load(self, reader: Reader, stored: Any) -> None:
         """See :class:`Attachment`."""
+        from avmm.backends.drive import StoredDrive
+
         self._wanted = stored.get("file")
         if "record" in stored:
             record = reader.record(stored["record"])

@@ -6,24 +6,26 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from avmm.attachments.base import Attachment
 from avmm.backends.cable import Cable
-from avmm.backends.flow.streams import Handler, Streams
 from avmm.backends.pcap import Pcap
 from avmm.backends.stream import Stream
 from avmm.backends.tap import Tap
-from avmm.backends.usernet.dns import Names
-from avmm.backends.usernet.network import Forward, UserNetwork
-from avmm.backends.usernet.stack import Guests
 from avmm.config import NetConfig, PublishConfig
 from avmm.devices.virtio.net import Net
 from avmm.devices.virtio.transport import VirtioDevice
 from avmm.errors import ConfigError
 from avmm.link import End, join, part
 from avmm.link import Network as Pluggable
-from avmm.snapfile import Reader, Writer
+
+if TYPE_CHECKING:  # see base.py
+    from avmm.backends.flow.streams import Handler, Streams
+    from avmm.backends.usernet.dns import Names
+    from avmm.backends.usernet.network import UserNetwork
+    from avmm.backends.usernet.stack import Guests
+    from avmm.snapfile import Reader, Writer
 
 
 class Backend(Protocol):
@@ -106,7 +108,7 @@ class NetAttachment(Attachment):
         config = self._config
         self._pcap = None if config.pcap is None else Pcap(config.pcap)
         try:
-            user = None if config.kind != "user" else UserNetwork(restrict=config.restrict, publish=self._forwards())
+            user = self._user_network() if config.kind == "user" else None
             self.network = Network(self._pcap, user)
             self._backend = user or self._open_backend(self.network)
         except BaseException:
@@ -129,8 +131,11 @@ class NetAttachment(Attachment):
         assert config.network is not None
         return _Plugged(config.network, network)
 
-    def _forwards(self) -> list[Forward]:
-        return [Forward(each.host, each.guest, each.udp, each.address) for each in self._publish]
+    def _user_network(self) -> UserNetwork:
+        from avmm.backends.usernet.network import Forward, UserNetwork
+
+        publish = [Forward(each.host, each.guest, each.udp, each.address) for each in self._publish]
+        return UserNetwork(restrict=self._config.restrict, publish=publish)
 
     def fork(self) -> NetAttachment:
         """See :class:`Attachment`. A user-mode network is made again, with the same names and servers, its published

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import resource
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from avmm.attachments.base import Attachment
-from avmm.backends.share.server import Share, open_share
 from avmm.config import ShareConfig
 from avmm.devices.virtio.fs import Fs
 from avmm.devices.virtio.transport import VirtioDevice
+
+if TYPE_CHECKING:  # see base.py
+    from avmm.backends.share.server import Share
 
 #: Files of the host that one share has open, at most, and of those this process may have.
 _DESCRIPTORS_MAX: Final = 1 << 14
@@ -27,6 +29,8 @@ class ShareAttachment(Attachment):
 
     def open(self) -> None:
         """See :class:`Attachment`. Raises ConfigError."""
+        from avmm.backends.share.server import open_share
+
         config = self._config
         allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if allowed == resource.RLIM_INFINITY:

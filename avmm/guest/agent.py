@@ -11,7 +11,6 @@ import itertools
 import os
 import time
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from typing import Final, Protocol
 
 from avmm.aio import cancel
@@ -54,6 +53,8 @@ class Channel(Protocol):
 
 def image() -> bytes:
     """The agent itself, a static arm64 program."""
+    from importlib.resources import files  # not for those who only talk to it
+
     return files("avmm.guest").joinpath("agent.elf").read_bytes()
 
 

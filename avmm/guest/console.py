@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from avmm.aio import within
-from avmm.guest.screen import Screen
 from avmm.guest.transcript import Transcript, TranscriptState
+
+if TYPE_CHECKING:
+    from avmm.guest.screen import Screen
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ class Console:
     def screen(self) -> Screen:
         """What a terminal of 80 by 25 would show now; made when first asked for. Raises ConfigError without pyte."""
         if self._screen is None:
+            from avmm.guest.screen import Screen
+
             screen = self._screen = Screen()
             screen.feed(self.output)
             self.listen(screen.feed)

@@ -12,7 +12,6 @@ import base64
 import binascii
 import os
 import re
-import secrets
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,7 +49,7 @@ class ShellExec:
         return Completed(tuple(words), code, stdout, stderr)
 
     async def _ask(self, script: bytes, input: bytes) -> tuple[int, bytes, bytes]:
-        mark = secrets.token_hex(8)
+        mark = os.urandom(8).hex()
         file = f"/tmp/.avmm-{mark}"
         lines = [
             " stty -echo 2>/dev/null; f=" + file,
