@@ -122,6 +122,7 @@ class Hardware:
         """What the first vCPU of a machine fresh from reset is to run. Raises ImageError when it does not fit."""
         config, board = self._config, self.board
         board.generation.renew(tell=False)
+        self._ram.prepare(kernel.text_offset + kernel.image_size)  # where load_linux() puts it
         entry = load_linux(
             self.memory,
             kernel,

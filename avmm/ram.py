@@ -52,6 +52,9 @@ _libc.mmap.argtypes = [
     ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64
 ]  # fmt: skip
 
+_HUGE: Final = 2 << 20
+_MADV_COLLAPSE: Final = 25
+
 #: Whether RAM can be frozen here.
 CAN_FREEZE: Final = hasattr(os, "memfd_create")
 
@@ -183,6 +186,16 @@ class Ram:
     def size(self) -> int:
         """Bytes."""
         return len(self.buffer)
+
+    def prepare(self, length: int) -> None:
+        """Its first ``length`` bytes are about to be written: take memory for them, in the host's huge pages if it has
+        some (MADV_COLLAPSE of madvise(2), Linux 6.1). Page by page it would take three times as long."""
+        if self._file is None or self._private:
+            return
+        with contextlib.suppress(OSError):  # an older kernel, or it has none; then it is page by page
+            for at in range(-self._at % _HUGE, length - _HUGE + 1, _HUGE):
+                self.buffer[at] = self.buffer[at]  # only what is there collapses
+                self.buffer.madvise(_MADV_COLLAPSE, at, _HUGE)
 
     def freeze(self) -> FrozenRam:
         """RAM as it is now, which nobody may be writing to meanwhile. Raises HostError where that cannot be had."""

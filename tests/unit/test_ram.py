@@ -53,6 +53,22 @@ def test_a_twin_starts_with_what_was_there_and_each_writes_its_own() -> None:
     twin.close()
 
 
+def test_prepared_memory_is_as_it_was_and_is_frozen_like_any_other() -> None:
+    size = 5 << 20
+    one = Ram(size)
+    for page in (0, 600, 1279):
+        write(one, page, b"base")
+    for length in (0, 1, 3 << 20, size):
+        one.prepare(length)
+    assert (read(one, 0), read(one, 600), read(one, 1279)) == (b"base",) * 3
+    image = one.freeze()
+    assert sum(content(image)) == 3 * sum(b"base")
+    one.prepare(size)
+    assert one.own_bytes() == 0, "what is shared stays so"
+    image.close()
+    one.close()
+
+
 def test_frozen_again_with_others_only_what_was_written_is_copied() -> None:
     parent = Ram(SIZE)
     for page in range(64):
