@@ -579,8 +579,9 @@ static void emit_trace(struct emit *e, uint8_t *code, uint8_t *cold) {
         if (e->by[i]) {
             if (e->by[i]->effects & SETS)
                 e->host_flags = e->by[i]->effects & USES ? e->host_flags : false;
+            e->spared = e->by[i]->effects & (SETS | KEEPS);
             e->by[i]->emit(e, u, e->by[i]->arg);
-            if (!(e->by[i]->effects & (SETS | KEEPS)))
+            if (!e->spared)
                 e->host_flags = false;
         } else {
             call_op(e, u, a64_rows[u->row].ends_block);

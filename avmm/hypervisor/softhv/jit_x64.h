@@ -149,6 +149,7 @@ struct emit {
     bool in_cold;            /* on a slow path: what the registers hold is settled */
     uint32_t stamp[16], now; /* last use of host registers: the oldest is evicted, never one of this instruction */
     bool host_flags;         /* the host's flags are the guest's */
+    bool spared;             /* and this instruction's code, as it came out, has left them alone */
     bool live_after[TRACE_MAX];
     uint64_t writes[TRACE_MAX]; /* x registers, a bit for each */
     uint8_t group_of[TRACE_MAX];

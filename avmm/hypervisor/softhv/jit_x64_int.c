@@ -87,47 +87,73 @@ static void binary(struct emit *e, const struct uop *u, unsigned w, unsigned wha
         finish_flags(e, what, again);
 }
 
-/* The second operand, shifted or extended: a register not to be written, or RAX. */
-static unsigned operand(struct emit *e, const struct uop *u, unsigned w, uint32_t arg) {
+/* The low `bits` of n: 8, 16 or 32. */
+static void zero_extend(struct emit *e, unsigned bits, unsigned d, unsigned n) {
+    if (bits == 32)
+        mov(e, 0, d, n);
+    else
+        op_rr(e, 0, bits == 8 ? 0x0fb6 | BYTE_REG : 0x0fb7, d, n);
+}
+
+/* The second operand, shifted or extended: a register not to be written, or `into`. */
+static unsigned operand(struct emit *e, const struct uop *u, unsigned w, uint32_t arg, unsigned into) {
     unsigned kind = arg >> KIND & 7, m = use(e, u->rm);
     if (kind == K_REG && !(arg & INVERTED))
         return m;
     if (kind == K_EXT) {
         unsigned bits = u->imm == 0xff ? 8 : u->imm == 0xffff ? 16 : u->imm == 0xffffffff ? 32 : 64;
         bool is_signed = u->aux;
-        if (bits == 8)
-            op_rr(e, is_signed, (is_signed ? 0x0fbe : 0x0fb6) | BYTE_REG, RAX, m);
-        else if (bits == 16)
-            op_rr(e, is_signed, is_signed ? 0x0fbf : 0x0fb7, RAX, m);
-        else if (bits == 32 && is_signed)
-            op_rr(e, 1, 0x63, RAX, m);
+        if (bits == 64)
+            mov(e, 1, into, m);
+        else if (!is_signed)
+            zero_extend(e, bits, into, m);
         else
-            mov(e, bits == 64, RAX, m);
-        shift(e, 1, SHL, RAX, u->ra);
-        return RAX;
+            op_rr(e, 1, bits == 8 ? 0x0fbe | BYTE_REG : bits == 16 ? 0x0fbf : 0x63, into, m);
+        shift(e, 1, SHL, into, u->ra);
+        return into;
     }
-    mov(e, 1, RAX, m);
+    mov(e, 1, into, m);
     static const uint8_t shifts[] = {[K_LSL] = SHL, [K_LSR] = SHR, [K_ASR] = SAR, [K_ROR] = ROR};
     if (kind != K_REG)
-        shift(e, w, shifts[kind], RAX, (unsigned)u->imm);
+        shift(e, w, shifts[kind], into, (unsigned)u->imm);
     if (arg & INVERTED)
-        op_rr(e, 1, 0xf7, 2, RAX);
-    return RAX;
+        op_rr(e, 1, 0xf7, 2, into);
+    return into;
+}
+
+/* rd = rn + source * 2**scale */
+static void sum(struct emit *e, const struct uop *u, unsigned w, unsigned source, unsigned scale) {
+    unsigned n = use(e, u->rn), d = def(e, u->rd);
+    if (d == n && !scale)
+        alu(e, w, ADD, d, source);
+    else if (d == source && !scale)
+        alu(e, w, ADD, d, n);
+    else
+        op_rx(e, w, 0x8d, d, n, source, scale);
+    e->spared = source != RAX && (scale || (d != n && d != source));
 }
 
 static void emit_binary(struct emit *e, const struct uop *u, uint32_t arg) {
-    unsigned w = arg & WIDE, what = arg >> WHAT & 7, m = operand(e, u, w, arg);
-    if (what == ADD && !(arg & FLAGGED) && (arg >> KIND & 7) == K_REG && u->rn != R_ZR) {
-        unsigned n = use(e, u->rn), d = def(e, u->rd);
-        if (d == n)
-            alu(e, w, ADD, d, m);
-        else if (d == m)
-            alu(e, w, ADD, d, n);
-        else
-            op_rx(e, w, 0x8d, d, n, m, 0);
-        return;
+    unsigned w = arg & WIDE, what = arg >> WHAT & 7, kind = arg >> KIND & 7;
+    bool plain = kind == K_REG && !(arg & INVERTED);
+    if (!(arg & FLAGGED) && u->rn != R_ZR) {
+        if (what == ADD && kind == K_LSL && u->imm <= 3) {
+            sum(e, u, w, use(e, u->rm), (unsigned)u->imm);
+            return;
+        }
+        if (what == ADD) {
+            sum(e, u, w, operand(e, u, w, arg, RAX), 0);
+            return;
+        }
+        unsigned n = use(e, u->rn);
+        use(e, u->rm);
+        unsigned d = def(e, u->rd);
+        if (!plain && what != SUB && d != n) { /* the operand where the result is to be */
+            alu(e, w, what, operand(e, u, w, arg, d), n);
+            return;
+        }
     }
-    bool plain = (arg >> KIND & 7) == K_REG && !(arg & INVERTED);
+    unsigned m = operand(e, u, w, arg, RAX);
     struct again_by result = {.kind = AGAIN_NEVER};
     if (plain)
         result = again_reg(u, w, what);
@@ -186,6 +212,9 @@ static void emit_logic_imm(struct emit *e, const struct uop *u, uint32_t arg) {
     if (arg & FLAGGED && u->rd == R_SINK) {
         op_rr(e, w, 0xf7, 0, n);
         word32(e, (uint32_t)u->imm);
+    } else if (what == AND && !(arg & FLAGGED) && (u->imm == 0xff || u->imm == 0xffff || u->imm == UINT32_MAX)) {
+        zero_extend(e, u->imm == 0xff ? 8 : u->imm == 0xffff ? 16 : 32, def(e, u->rd), n);
+        e->spared = true;
     } else {
         unsigned d = def(e, u->rd);
         if (d != n)
@@ -277,11 +306,9 @@ static void emit_ubfm(struct emit *e, const struct uop *u, uint32_t arg) {
     bool up = imms < immr;
     unsigned width = up ? imms + 1 : imms - immr + 1, at = up ? size - immr : immr;
     if (!up && at == 0 && (width == 8 || width == 16 || width == 32)) {
-        unsigned n = use(e, u->rn), d = def(e, u->rd);
-        if (width == 32)
-            mov(e, 0, d, n);
-        else
-            op_rr(e, 0, width == 8 ? 0x0fb6 | BYTE_REG : 0x0fb7, d, n);
+        unsigned n = use(e, u->rn);
+        zero_extend(e, width, def(e, u->rd), n);
+        e->spared = true;
     } else if (width < 31 && (up ? width + at < size : imms < size - 1)) {
         unsigned n = use(e, u->rn), d = def(e, u->rd);
         if (d != n)
@@ -303,6 +330,7 @@ static void emit_sbfm(struct emit *e, const struct uop *u, uint32_t arg) {
     if (u->ra == u->imm && (width == 8 || width == 16 || (width == 32 && w))) {
         unsigned n = use(e, u->rn), d = def(e, u->rd);
         op_rr(e, w, width == 8 ? 0x0fbe | BYTE_REG : width == 16 ? 0x0fbf : 0x63, d, n);
+        e->spared = true;
     } else {
         shifts(e, u, w, (unsigned)u->imm, SAR, u->ra);
     }
@@ -382,6 +410,12 @@ static void emit_madd(struct emit *e, const struct uop *u, uint32_t arg) {
         mov(e, 0, RAX, n);
         mov(e, 0, RCX, m);
         m = RCX;
+    } else if (a == NO_REG && !(arg & SUBTRACTED)) {
+        unsigned d = def(e, u->rd);
+        if (d != n && d != m)
+            mov(e, 1, d, n);
+        op_rr(e, w, 0x0faf, d, d == m ? n : m);
+        return;
     } else {
         mov(e, 1, RAX, n);
     }
@@ -397,7 +431,8 @@ static void emit_madd(struct emit *e, const struct uop *u, uint32_t arg) {
             return;
         }
     } else if (a != NO_REG) {
-        alu(e, w, ADD, RAX, a);
+        op_rx(e, w, 0x8d, d, RAX, a, 0);
+        return;
     }
     mov(e, 1, d, RAX);
 }
@@ -458,27 +493,22 @@ static void emit_select(struct emit *e, const struct uop *u, uint32_t arg) {
         return;
     }
     unsigned n = use(e, u->rn), m = use(e, u->rm), holds = condition(e, arm), d = def(e, u->rd);
+    unsigned other = d == n ? RAX : d;
     if (what == INCREMENT) {
-        lea(e, w, RAX, m, 1);
-    } else if (what == SELECT) {
-        if (d == n && d != m) {
-            op_rr(e, w, 0x0f40 | (holds ^ 1), d, m);
-            return;
-        }
-        if (d != n) {
-            mov(e, 1, d, m);
-            op_rr(e, w, 0x0f40 | holds, d, n);
-            return;
-        }
-        mov(e, 1, RAX, m);
+        lea(e, w, other, m, 1);
+    } else if (what == SELECT && d == n) {
+        other = m;
     } else {
-        mov(e, 1, RAX, m);
-        op_rr(e, w, 0xf7, 2, RAX); /* NOT */
+        mov(e, 1, other, m);
+        if (what != SELECT)
+            op_rr(e, w, 0xf7, 2, other); /* NOT */
         if (what == NEGATE)
-            lea(e, w, RAX, RAX, 1);
+            lea(e, w, other, other, 1);
     }
-    op_rr(e, w, 0x0f40 | holds, RAX, n);
-    mov(e, 1, d, RAX);
+    if (d == n)
+        op_rr(e, w, 0x0f40 | (holds ^ 1), d, other);
+    else
+        op_rr(e, w, 0x0f40 | holds, d, n);
 }
 
 static uint32_t raw_flags(unsigned nzcv) {
