@@ -421,6 +421,33 @@ static void emit_access(struct emit *e, const struct uop *u, uint32_t arg) {
     comes_back(e, o);
 }
 
+/* LD1, ST1 of whole registers: memory in a row, see form_structure() for what the uop holds. */
+static void emit_multiple(struct emit *e, const struct uop *u, uint32_t arg) {
+    unsigned count = u->ra & 7, size = u->ra >> 5 & 1 ? 4 : 3;
+    check_fp(e, u);
+    unsigned n = use(e, u->rn), m = u->rm == R_ZR ? NO_REG : use(e, u->rm);
+    struct outlined *o = slow_call(e, u);
+    unsigned va = address(e, u, M_BASE << MODE, (struct operands){n, NO_REG}, o);
+    struct place at = translate(e, o, va, count << size, arg & STORES, false);
+    for (unsigned k = 0; k < count; k++) {
+        unsigned v = (u->rd + k) & 31;
+        if (arg & STORES) {
+            store_v(e, size, v, at, k << size);
+        } else {
+            unsigned to = v_target(e, v);
+            load_v(e, size, to, at, k << size);
+            v_set(e, to, v);
+        }
+    }
+    if (m != NO_REG)
+        alu(e, 1, ADD, n, m);
+    else if (u->imm)
+        lea(e, 1, n, n, (int32_t)u->imm);
+    if (m != NO_REG || u->imm)
+        dirty(e, u->rn);
+    comes_back(e, o);
+}
+
 static bool by_base(const struct emitter *by) {
     unsigned mode = by->arg >> MODE & 7;
     return by->emit == emit_access && (mode == M_IMM || mode == M_PRE || mode == M_POST);
@@ -549,6 +576,8 @@ const struct emitter jit_x64_mem[] = {
     VECTOR_PAIRS(s, 2),
     VECTOR_PAIRS(d, 3),
     VECTOR_PAIRS(q, 4),
+    {p_ld1_multiple, emit_multiple, 0, TRAPS | NO_RD | AND_RN},
+    {p_st1_multiple, emit_multiple, STORES, TRAPS | NO_RD | AND_RN},
     {p_ldr_s_literal, emit_literal, 2 | VECTOR, TRAPS | NO_RD},
     {p_ldr_d_literal, emit_literal, 3 | VECTOR, TRAPS | NO_RD},
     {p_ldr_q_literal, emit_literal, 4 | VECTOR, TRAPS | NO_RD},
