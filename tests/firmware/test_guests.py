@@ -72,6 +72,23 @@ async def test_every_check_passes(name: str, engine: str, cpus: int, parameters:
     assert passed
 
 
+@pytest.mark.skipif("softhv" not in available_engines(), reason="only softhv takes turns")
+@pytest.mark.parametrize(
+    ("name", "cpus", "parameters"),
+    [
+        ("psci", 4, {}), ("gic", 4, {}), ("atomics", 4, {"n": 200}), ("smc_code", 2, {"n": 100}),
+        ("litmus", 2, {"ms": 20}), ("litmus", 4, {"ms": 20}), ("ipi_pingpong", 4, {"n": 50}),
+    ],
+)  # fmt: skip
+async def test_side_by_side_as_in_turns(name: str, cpus: int, parameters: dict[str, int]) -> None:
+    """vCPUs that take turns are the reference: what a guest finds is the same with vCPUs side by side, compiled or not.
+    What it measures differs: only in parallel do stores without barriers overtake loads."""
+    reports = [await report(name, f"softhv{how}", cpus, **parameters) for how in (",turns", "", ",interpreter")]
+    in_turns, *side_by_side = ([line for line in lines if re.match(r"(not )?ok |1\.\.", line)] for lines in reports)
+    assert in_turns
+    assert side_by_side == [in_turns, in_turns]
+
+
 async def test_hello(engine: str) -> None:
     assert await report("hello", engine, 1) == ["hello"]
 
