@@ -46,7 +46,7 @@ def read_file(path: str | os.PathLike[str], what: str, limit: int) -> bytes:
     path = Path(path)
     try:
         with path.open("rb", buffering=0) as stream:
-            # A file in one piece, as each copy of a kernel costs as much as 1 % of its boot.
+            # A file in one piece, as each copy of a kernel costs 1 to 2 % of its boot.
             piece_size = max(os.fstat(stream.fileno()).st_size, _PIECE)
             pieces: list[bytes] = []
             left = limit + 1
