@@ -52,6 +52,7 @@ _libc.mmap.argtypes = [
     ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64
 ]  # fmt: skip
 
+#: A huge page of x86-64, and of arm64 with 4 KiB pages; what asks for one the mmap module does not name.
 _HUGE: Final = 2 << 20
 _MADV_COLLAPSE: Final = 25
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from avmm.devices.virtio.transport import VirtioDevice
 from avmm.errors import ConfigError
 
-if TYPE_CHECKING:  # a VM waits for nothing that it has not been given: what takes time to load, open() loads
+if TYPE_CHECKING:  # what takes time to load is loaded by who is given to a VM, when made or opened
     from avmm.snapfile import Reader, Writer
 
 

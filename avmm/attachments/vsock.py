@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from avmm.attachments.base import Attachment
 from avmm.config import VsockConfig
 from avmm.devices.virtio.transport import VirtioDevice
 from avmm.devices.virtio.vsock import Vsock
-
-if TYPE_CHECKING:  # see base.py
-    from avmm.backends.vsock.host import VsockHost
 
 #: The guest's address: each VM has a host of its own to talk to, so that one will do for all.
 GUEST_CID: Final = 3
@@ -24,10 +21,10 @@ class VsockAttachment(Attachment):
     section = "vsock"
 
     def __init__(self, sockets: Sequence[VsockConfig]) -> None:
-        from avmm.backends.vsock.host import VsockHost
+        from avmm.backends.vsock.host import VsockHost  # see base.py
 
         self._sockets = sockets
-        self.host: VsockHost = VsockHost(GUEST_CID, {each.port: os.fspath(each.path) for each in sockets})
+        self.host = VsockHost(GUEST_CID, {each.port: os.fspath(each.path) for each in sockets})
 
     def device(self) -> VirtioDevice:
         """See :class:`Attachment`."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from avmm.bootloader import compress
 from avmm.errors import ImageError
 
-_HEADER_SIZE = 64
 _HEADER = struct.Struct("<8x3Q24x4xI")  # code; text_offset, image_size, flags; reserved, magic; offset of the PE header
+_HEADER_SIZE = _HEADER.size
 _MAGIC_AT, _MAGIC = 56, b"ARM\x64"
 #: Where kernels older than Linux 3.17, which leave ``image_size`` zero, want to be.
 _OLD_TEXT_OFFSET = 0x8_0000

@@ -87,12 +87,21 @@ static void binary(struct emit *e, const struct uop *u, unsigned w, unsigned wha
         finish_flags(e, what, again);
 }
 
-/* The low `bits` of n: 8, 16 or 32. */
+/* The low `bits` of n, 8, 16 or 32 of them; no flags change. */
 static void zero_extend(struct emit *e, unsigned bits, unsigned d, unsigned n) {
     if (bits == 32)
         mov(e, 0, d, n);
     else
         op_rr(e, 0, bits == 8 ? 0x0fb6 | BYTE_REG : 0x0fb7, d, n);
+}
+
+static void sign_extend(struct emit *e, unsigned w, unsigned bits, unsigned d, unsigned n) {
+    op_rr(e, w, bits == 8 ? 0x0fbe | BYTE_REG : bits == 16 ? 0x0fbf : 0x63, d, n);
+}
+
+/* How many low bits a mask keeps: 8, 16, 32, or 64 for any other. */
+static unsigned width_of(uint64_t mask) {
+    return mask == 0xff ? 8 : mask == 0xffff ? 16 : mask == UINT32_MAX ? 32 : 64;
 }
 
 /* The second operand, shifted or extended: a register not to be written, or `into`. */
@@ -101,14 +110,13 @@ static unsigned operand(struct emit *e, const struct uop *u, unsigned w, uint32_
     if (kind == K_REG && !(arg & INVERTED))
         return m;
     if (kind == K_EXT) {
-        unsigned bits = u->imm == 0xff ? 8 : u->imm == 0xffff ? 16 : u->imm == 0xffffffff ? 32 : 64;
-        bool is_signed = u->aux;
+        unsigned bits = width_of(u->imm);
         if (bits == 64)
             mov(e, 1, into, m);
-        else if (!is_signed)
-            zero_extend(e, bits, into, m);
+        else if (u->aux)
+            sign_extend(e, 1, bits, into, m);
         else
-            op_rr(e, 1, bits == 8 ? 0x0fbe | BYTE_REG : bits == 16 ? 0x0fbf : 0x63, into, m);
+            zero_extend(e, bits, into, m);
         shift(e, 1, SHL, into, u->ra);
         return into;
     }
@@ -137,20 +145,19 @@ static void emit_binary(struct emit *e, const struct uop *u, uint32_t arg) {
     unsigned w = arg & WIDE, what = arg >> WHAT & 7, kind = arg >> KIND & 7;
     bool plain = kind == K_REG && !(arg & INVERTED);
     if (!(arg & FLAGGED) && u->rn != R_ZR) {
-        if (what == ADD && kind == K_LSL && u->imm <= 3) {
-            sum(e, u, w, use(e, u->rm), (unsigned)u->imm);
-            return;
-        }
         if (what == ADD) {
-            sum(e, u, w, operand(e, u, w, arg, RAX), 0);
+            bool scaled = kind == K_LSL && u->imm <= 3;
+            sum(e, u, w, scaled ? use(e, u->rm) : operand(e, u, w, arg, RAX), scaled ? (unsigned)u->imm : 0);
             return;
         }
-        unsigned n = use(e, u->rn);
-        use(e, u->rm);
-        unsigned d = def(e, u->rd);
-        if (!plain && what != SUB && d != n) { /* the operand where the result is to be */
-            alu(e, w, what, operand(e, u, w, arg, d), n);
-            return;
+        if (!plain && what != SUB) {
+            unsigned n = use(e, u->rn);
+            use(e, u->rm);
+            unsigned d = def(e, u->rd);
+            if (d != n) { /* the operand where the result is to be */
+                alu(e, w, what, operand(e, u, w, arg, d), n);
+                return;
+            }
         }
     }
     unsigned m = operand(e, u, w, arg, RAX);
@@ -212,8 +219,8 @@ static void emit_logic_imm(struct emit *e, const struct uop *u, uint32_t arg) {
     if (arg & FLAGGED && u->rd == R_SINK) {
         op_rr(e, w, 0xf7, 0, n);
         word32(e, (uint32_t)u->imm);
-    } else if (what == AND && !(arg & FLAGGED) && (u->imm == 0xff || u->imm == 0xffff || u->imm == UINT32_MAX)) {
-        zero_extend(e, u->imm == 0xff ? 8 : u->imm == 0xffff ? 16 : 32, def(e, u->rd), n);
+    } else if (what == AND && !(arg & FLAGGED) && width_of(u->imm) < 64) {
+        zero_extend(e, width_of(u->imm), def(e, u->rd), n);
         e->spared = true;
     } else {
         unsigned d = def(e, u->rd);
@@ -329,7 +336,7 @@ static void emit_sbfm(struct emit *e, const struct uop *u, uint32_t arg) {
     unsigned w = arg & WIDE, size = w ? 64 : 32, width = size - (unsigned)u->imm;
     if (u->ra == u->imm && (width == 8 || width == 16 || (width == 32 && w))) {
         unsigned n = use(e, u->rn), d = def(e, u->rd);
-        op_rr(e, w, width == 8 ? 0x0fbe | BYTE_REG : width == 16 ? 0x0fbf : 0x63, d, n);
+        sign_extend(e, w, width, d, n);
         e->spared = true;
     } else {
         shifts(e, u, w, (unsigned)u->imm, SAR, u->ra);

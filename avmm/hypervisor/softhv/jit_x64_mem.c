@@ -174,6 +174,12 @@ static void store_v(struct emit *e, uint32_t arg, unsigned v, struct place at, u
     }
 }
 
+static void load_register(struct emit *e, uint32_t arg, unsigned v, struct place at, unsigned more) {
+    unsigned to = e->in_cold ? 0 : v_target(e, v);
+    load_v(e, arg, to, at, more);
+    v_set(e, to, v);
+}
+
 /* Of a pair the second register is loaded first: of one that is loaded twice the first value stays. */
 static void move(struct emit *e, const struct uop *u, const struct transfer *a, struct place at) {
     unsigned size = 1u << (a->arg & 7);
@@ -201,12 +207,7 @@ static void move(struct emit *e, const struct uop *u, const struct transfer *a, 
         store_x(e, a->arg, a->t, at, 0);
         store_x(e, a->arg, a->t2, at, size);
         break;
-    case VECTOR: {
-        unsigned to = e->in_cold ? 0 : v_target(e, u->rd);
-        load_v(e, a->arg, to, at, 0);
-        v_set(e, to, u->rd);
-        break;
-    }
+    case VECTOR: load_register(e, a->arg, u->rd, at, 0); break;
     case VECTOR | STORES: store_v(e, a->arg, u->rd, at, 0); break;
     case VECTOR | PAIR:
         if (e->in_cold || u->rd == u->ra) {
@@ -431,13 +432,10 @@ static void emit_multiple(struct emit *e, const struct uop *u, uint32_t arg) {
     struct place at = translate(e, o, va, count << size, arg & STORES, false);
     for (unsigned k = 0; k < count; k++) {
         unsigned v = (u->rd + k) & 31;
-        if (arg & STORES) {
+        if (arg & STORES)
             store_v(e, size, v, at, k << size);
-        } else {
-            unsigned to = v_target(e, v);
-            load_v(e, size, to, at, k << size);
-            v_set(e, to, v);
-        }
+        else
+            load_register(e, size, v, at, k << size);
     }
     if (m != NO_REG)
         alu(e, 1, ADD, n, m);
