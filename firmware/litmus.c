@@ -156,6 +156,33 @@ static void store_buffering(u64 self, unsigned how)
     meet();
 }
 
+// A store is one store: what another CPU puts there afterwards stays (B2.2.1). SCTLR_EL1.A, which changes nothing for
+// aligned accesses, keeps an engine from doing these by its fast path.
+static void stored_once(u64 self)
+{
+    u64 sctlr = read_sysreg(sctlr_el1);
+    u64 end = start();
+    write_sysreg(sctlr_el1, sctlr | 1UL << 1);
+    isb();
+    if (self == 0) {
+        for (u64 i = 1; i % 64 || counter() < end; i++) {
+            x = i;
+            with_readers(i / 256);
+        }
+        stop = 1;
+    } else {
+        for (u64 last = 0; !stop; alive[self]++) {
+            u64 taken;
+            __asm__ volatile("swpal xzr, %0, [%1]" : "=r"(taken) : "r"(&x) : "memory");
+            bad[self] += taken && taken <= last;
+            last = taken ? taken : last;
+        }
+    }
+    write_sysreg(sctlr_el1, sctlr);
+    isb();
+    meet();
+}
+
 // Independent reads of independent writes: two readers never disagree about the order of two writes. Four CPUs.
 static volatile u64 first[2][SAMPLES] LINE, second[2][SAMPLES] LINE, readers_done LINE;
 
@@ -419,6 +446,8 @@ static void work(u64 self)
     if (lse) {
         store_buffering(self, SWAP);
         tell(self, "store_buffering_swap");
+        stored_once(self);
+        tell(self, "stored_once");
     }
     if (count >= 4) {
         independent_reads(self, true);

@@ -259,19 +259,6 @@ static bool resolve_span(struct vcpu *c, const struct uop *u, uint64_t va, unsig
     return span->low;
 }
 
-#ifdef __SANITIZE_THREAD__
-__attribute__((noinline, no_sanitize("thread"))) void guest_copy(void *to, const void *from, size_t size) {
-    if (size == 8 && !(((uintptr_t)to | (uintptr_t)from) & 7)) {
-        *(volatile uint64_t *)to = *(const volatile uint64_t *)from;
-    } else if (size == 4 && !(((uintptr_t)to | (uintptr_t)from) & 3)) {
-        *(volatile uint32_t *)to = *(const volatile uint32_t *)from;
-    } else { /* not memcpy(): that would be the sanitizer's */
-        for (size_t i = 0; i < size; i++)
-            ((volatile uint8_t *)to)[i] = ((const volatile uint8_t *)from)[i];
-    }
-}
-#endif
-
 bool mem_read_slow(struct vcpu *c, const struct uop *u, uint64_t va, unsigned size, unsigned idx, void *out) {
     struct span span;
     if (!resolve_span(c, u, va, size, idx, false, &span))
