@@ -440,6 +440,7 @@ class VirtualMachine(Commands, Equipment):
         return ended[0] if ended else VcpuOutcome(Event.STOP, 0)
 
     def _judge(self, ended: VcpuOutcome) -> Outcome:
+        self._line.flush()  # what it printed last may tell why, and may not have been delivered yet
         if self._panic.reason is not None:
             return Outcome("panic", GuestPanic(self._panic.reason))
         if ended.event is Event.FAULT:

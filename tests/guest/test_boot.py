@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import avmm
+from avmm.backends import serial
 from avmm.debian import Fetched
 from tests.guest.conftest import READY, booted_only
 
@@ -83,6 +84,16 @@ async def test_a_panic_wakes_whoever_waits(debian: Fetched, timeout: str) -> Non
         outcome = await vm.wait()
         assert outcome.reason == "panic"
         assert isinstance(outcome.error, avmm.GuestPanic)
+
+
+@booted_only("it never comes up")
+async def test_a_panic_whose_text_is_still_on_its_way(debian: Fetched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that resets at once has reset before what it printed is delivered: here, nothing is until the end."""
+    monkeypatch.setattr(serial, "GATHER", 1000.0)
+    async with avmm.boot(debian.kernel, append="panic=-1", reboot=False) as vm:
+        outcome = await vm.wait()
+    assert isinstance(outcome.error, avmm.GuestPanic)
+    assert outcome.reason == "panic"
 
 
 async def test_several_machines_in_one_process(debian: Fetched) -> None:
