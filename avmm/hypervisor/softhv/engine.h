@@ -429,16 +429,16 @@ static inline void counter_add(uint64_t *counter, uint64_t value) { counter_set(
  * to see them. All else in the engine it does see.
  */
 #ifdef __SANITIZE_THREAD__
-#define GUEST_COPY __attribute__((noinline, no_sanitize("thread")))
+#define GUEST_COPY static __attribute__((noinline, unused, no_sanitize("thread")))
 #else
-#define GUEST_COPY __attribute__((always_inline))
+#define GUEST_COPY static inline __attribute__((always_inline))
 #endif
 typedef uint64_t any_v16 __attribute__((vector_size(16), may_alias, aligned(1)));
 typedef uint64_t any_u64 __attribute__((may_alias, aligned(1)));
 typedef uint32_t any_u32 __attribute__((may_alias, aligned(1)));
 typedef uint16_t any_u16 __attribute__((may_alias, aligned(1)));
 
-GUEST_COPY static inline void guest_copy(void *to, const void *from, size_t size) {
+GUEST_COPY void guest_copy(void *to, const void *from, size_t size) {
     uint8_t *out = to;
     const uint8_t *in = from;
 #define COPY(type)                                                                                                     \
