@@ -7,6 +7,9 @@ Guest memory, identity mapped, normal write-back::
     DATA      2 MiB   accessible from EL0 too (LDTR and friends), not executable; the page tables at its start
       SCRATCH         the last 128 KiB: what memory instructions use and what is compared
     END               nothing is mapped from here on, nor anywhere else
+
+For softhv each GRANULE of SCRATCH is somewhere else in the host's memory: an access that goes by another page's place
+shows.
 """
 
 from __future__ import annotations
@@ -75,15 +78,15 @@ class Result:
     detail: str = ""
 
 
-#: Attribute 0: normal, write-back. 39 bits, 4 KiB, TTBR1 off, 40-bit PAs. RES1 and SPAN, I, C, M.
+#: Attribute 0: normal, write-back. 39 bits, 4 KiB, TTBR1 off, 40-bit PAs. RES1 and SPAN, DZE, I, C, M.
 MAIR_VALUE = 0xFF
 TCR_VALUE = 25 | 1 << 8 | 1 << 10 | 3 << 12 | 1 << 23 | 2 << 32
-SCTLR_VALUE = 0x30D0_0800 | 1 << 12 | 1 << 2 | 1
+SCTLR_VALUE = 0x30D0_0800 | 1 << 14 | 1 << 12 | 1 << 2 | 1
 
 
-def new_ram() -> mmap.mmap:
-    """RAM with everything laid out. Of the page tables Unicorn makes no use, but for test_translation."""
-    ram = mmap.mmap(-1, SIZE)
+def new_ram(file: int = -1) -> mmap.mmap:
+    """RAM, or a file of it, with everything laid out; page tables, which of Unicorns only test_translation's uses."""
+    ram = mmap.mmap(file, SIZE)
     ram[:CODE_SIZE] = HVC.to_bytes(4, "little") * (CODE_SIZE // 4)
     ram[:VECTORS_SIZE] = HVC_VECTOR.to_bytes(4, "little") * (VECTORS_SIZE // 4)
     block = 1 | 3 << 8 | 1 << 10  # a block, inner shareable, accessed, attribute 0 (Arm ARM D8.3)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
+from tempfile import TemporaryFile
 
 from avmm.hypervisor import sysreg
 from avmm.hypervisor._softhv import ffi, lib
 from avmm.hypervisor.base import Reg
 from avmm.hypervisor.softhv import Softhv
-from avmm.memory import Region
+from avmm.memory import GRANULE, Region
 from tests.oracle.machine import (
     BASE,
     CODE,
     CODE_SIZE,
+    END,
     MAIR_VALUE,
+    SCRATCH,
     SCTLR_VALUE,
+    SIZE,
     TABLES,
     TCR_VALUE,
     VECTORS,
@@ -53,9 +58,13 @@ class Subject:
     """
 
     def __init__(self, compiled: bool) -> None:
-        self.ram = new_ram()
         self._vm = Eager(compiled=compiled)
-        self._vm.map(Region(BASE, self.ram))
+        with TemporaryFile() as file:
+            file.truncate(SIZE)
+            self.ram = new_ram(file.fileno())
+            self._vm.map(Region(BASE, mmap.mmap(file.fileno(), SCRATCH - BASE)))
+            for at in range(SCRATCH, END, GRANULE):  # from the top down, as hosts place them
+                self._vm.map(Region(at, mmap.mmap(file.fileno(), GRANULE, offset=at - BASE)))
         self.vcpu = self._vm.create_vcpu()
         self.vcpu.set_sysreg(VBAR, VECTORS)
         self.vcpu.set_sysreg(CPACR, 3 << 20)

@@ -1,11 +1,13 @@
-"""What the compiler keeps from one instruction to the next: the SHA-256 state, the addend of accesses near another."""
+"""What the compiler keeps from one instruction to the next: the SHA-256 state, addends of accesses, what set NZCV."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 
+from avmm.memory import GRANULE
 from tests.oracle.cases import Case, Values
 from tests.oracle.compare import Comparison
 from tests.oracle.machine import BASE, END, SCRATCH, Outcome
@@ -74,6 +76,75 @@ def sha(rng: random.Random, values: Values) -> Case:
     before.x[CROSSING] = SCRATCH + PAGE * rng.randrange(1, 8) - rng.randrange(1, 16)
     before.x[MISSING] = END
     return Case("sha", words, before, memory=True, vectors=True, straight=False)
+
+
+def indexed(rng: random.Random, values: Values) -> Case:
+    """Accesses of a base and an index, of one address often, of every size, across pages and to where nothing is."""
+    bases, indexes = (DIFFERENT, CROSSING), (20, 21, 22)
+    words: list[int] = []
+    while len(words) < 30:
+        base, index, register = rng.choice(bases), rng.choice(indexes), rng.randrange(4)
+        what = rng.random()
+        if what < 0.75:  # LDR or STR of a size, with UXTW, LSL or SXTW of the index, scaled or not
+            loads, size, extend = rng.randrange(2), rng.randrange(4), rng.choice((2, 3, 3, 3, 6))
+            scaled = rng.randrange(2) << 12
+            word = 0x38200800 | size << 30 | loads << 22 | index << 16 | extend << 13 | scaled | base << 5
+            words.append(word | (rng.choice(indexes) if loads and rng.random() < 0.05 else register))
+            if rng.random() < 0.5:  # and back, as in x[i] += y
+                words += [0x0B000000 | register << 5 | register, word & ~(1 << 22) | register]
+        elif what < 0.85:
+            words.append(0x91000400 | index << 5 | index)  # ADD Xn, Xn, #1
+        elif what < 0.95:
+            words.append(0xD50B7420 | base)  # DC ZVA
+        else:
+            words.append(0xF8616840 if rng.random() < 0.1 else 0xEB000000 | base << 5 | 31)  # LDR X0, [X2, X1]; CMP
+    before = values.registers(0)
+    before.x[DIFFERENT] = SCRATCH + rng.randrange(PAGE)
+    before.x[CROSSING] = SCRATCH + GRANULE * rng.randrange(1, 4) - rng.randrange(1, 80)
+    for index in indexes:
+        before.x[index] = rng.choice((0, 1, 6, rng.randrange(16), rng.randrange(2 * PAGE)))
+    if rng.random() < 0.2:
+        before.x[rng.choice(indexes)] = rng.choice((END - SCRATCH, -2 & (1 << 64) - 1, 1 << 40 | 5))
+    return Case("indexed", words, before, memory=True, vectors=False)
+
+
+def flags(rng: random.Random, values: Values) -> Case:
+    """What sets NZCV, then changes of its operands and loads, which spoil the host's flags, then what wants NZCV."""
+    words: list[int] = []
+    while len(words) < 40:
+        d, n, m = (rng.choice((0, 1, 2, 3, 31)) for _ in range(3))
+        registers, wide = m << 16 | n << 5 | d, rng.randrange(2) << 31
+        what = rng.random()
+        if what < 0.3:  # ADDS, SUBS, ANDS
+            words.append(rng.choice((0x2B000000, 0x6B000000, 0x6A000000)) | wide | registers)
+        elif what < 0.4:  # ADDS, SUBS of an immediate
+            words.append(rng.choice((0x31000000, 0x71000000)) | wide | rng.randrange(4) << 10 | (n & 3) << 5 | d)
+        elif what < 0.6:  # LDR, or EOR
+            words.append(rng.choice((0xF9400000 | DIFFERENT << 5 | d, 0xCA000000 | registers)))
+        elif what < 0.75:  # ADC, SBC, ADCS, SBCS
+            words.append(rng.choice((0x1A000000, 0x5A000000, 0x3A000000, 0x7A000000)) | wide | registers)
+        elif what < 0.9:  # CSEL, CSINC
+            words.append(rng.choice((0x1A800000, 0x1A800400)) | wide | rng.randrange(14) << 12 | registers)
+        else:  # B.cond, CBZ over the next one
+            words.append(rng.choice((0x54000040 | rng.randrange(14), 0xB4000040 | d)))
+    words += [0xD503201F, 0xF9400000 | (MISSING if rng.random() < 0.2 else DIFFERENT) << 5]  # NOP, LDR X0
+    before = values.registers(0)
+    before.x[DIFFERENT] = SCRATCH + 16 * rng.randrange(PAGE // 16)
+    before.x[MISSING] = END
+    return Case("flags", words, before, memory=True, vectors=False, straight=False)
+
+
+@pytest.mark.parametrize("make", [indexed, flags])
+def test_in_programs(
+    comparison: Comparison, pytestconfig: pytest.Config, make: Callable[[random.Random, Values], Case]
+) -> None:
+    rng = random.Random(f"{pytestconfig.getoption('--oracle-seed')} {make.__name__}")
+    values = Values(rng)
+    comparison.reset_scratch(rng)
+    count = 8 * int(pytestconfig.getoption("--oracle-cases"))
+    report = comparison.run(make(rng, values) for _ in range(count))
+    assert not report.mismatches, "\n".join(map(str, report.mismatches))
+    assert report.compared == count
 
 
 def test_sha_rounds_in_programs(comparison: Comparison, pytestconfig: pytest.Config) -> None:
