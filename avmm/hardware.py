@@ -119,7 +119,7 @@ class Hardware:
             await create_all(self.vcpus)
 
     def load(self, kernel: Kernel, initrd: bytes | None) -> None:
-        """What the first vCPU of a machine fresh from reset is to run. Raises ImageError when it does not fit."""
+        """What the first vCPU of a machine fresh from reset is to run. Blocks. Raises ImageError."""
         config, board = self._config, self.board
         board.generation.renew(tell=False)
         self._ram.prepare(kernel.text_offset + kernel.image_size)  # where load_linux() puts it

@@ -140,7 +140,7 @@ class VirtualMachine(Commands, Equipment):
             )
             self._hardware = hardware
             if origin is None:
-                self._load(hardware)
+                await self._load(hardware)
             else:
                 for each in self._all(AgentAttachment):
                     each.agent.renew = True
@@ -383,9 +383,10 @@ class VirtualMachine(Commands, Equipment):
         if self._images is None:  # reading and unpacking take a while: not on the event loop
             self._images = await asyncio.to_thread(read_images, self.config)
 
-    def _load(self, hardware: Hardware) -> None:
+    async def _load(self, hardware: Hardware) -> None:
         assert self._images is not None
-        hardware.load(*self._images)
+        loading = asyncio.to_thread(hardware.load, *self._images)
+        await outlast(asyncio.create_task(loading))  # before anybody takes the memory away
 
     async def _supervise(self, hardware: Hardware, timers: DeadlineTimers) -> None:
         outcome = Outcome("stopped")
@@ -399,7 +400,7 @@ class VirtualMachine(Commands, Equipment):
                 await self._running.wait()
                 await self._read_images()
                 hardware.reset()
-                self._load(hardware)
+                await self._load(hardware)
         except AvmmError as error:
             outcome = Outcome("fault", error)
         finally:
@@ -407,6 +408,7 @@ class VirtualMachine(Commands, Equipment):
             self._mark("end")
             self.state = "stopped"
             self._outcome = outcome
+            self._images = None
             timers.close()
             hardware.close()
             try:

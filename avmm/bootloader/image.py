@@ -6,7 +6,9 @@ Format: Documentation/arch/arm64/booting.rst; an EFI zboot file is drivers/firmw
 from __future__ import annotations
 
 import os
+import stat
 import struct
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +23,46 @@ _OLD_TEXT_OFFSET = 0x8_0000
 #: What does not say how long it is (a pipe, a device) is read in pieces of so many bytes: it may be endless.
 _PIECE = 1 << 20
 
+#: So much of a kernel file is looked at before it is known whether all of it has to be.
+_HEAD = 1 << 16
+
 #: A kernel file in a folder of its own can be packed twice (zboot in gzip), not more.
 _NESTING = 2
+
+
+class StoredImage:
+    """The content of a file, which stays open and is read to where it is wanted: a copy of it would cost each boot of a
+    kernel a twentieth, and memory for as long as its VM is there. Whatever takes the file's name is not this."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self._path = path
+        self._fd = fd
+        self._was = self._state()
+        weakref.finalize(self, os.close, fd)  # with the last of the VMs that are loaded with it
+
+    def _state(self) -> tuple[int, int]:
+        found = os.fstat(self._fd)
+        return found.st_size, found.st_mtime_ns
+
+    def __len__(self) -> int:
+        return self._was[0]
+
+    def __bytes__(self) -> bytes:
+        content = bytearray(len(self))
+        self.read_into(memoryview(content))
+        return bytes(content)
+
+    def read_into(self, view: memoryview) -> None:
+        """All of it, to a view of as many bytes. Blocks. Raises ImageError when it is not what it was any more."""
+        try:
+            at = 0
+            while at < len(view) and (count := os.preadv(self._fd, [view[at:]], at)):
+                at += count
+            if at == len(view) and self._state() == self._was:
+                return
+        except OSError as error:
+            raise ImageError(f"{self._path}: cannot read this kernel: {error.strerror}") from error
+        raise ImageError(f"{self._path}: this kernel was written to since the VM was started: start another with it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +74,7 @@ class Kernel:
     does not say.
     """
 
-    image: bytes | memoryview
+    image: bytes | memoryview | StoredImage
     text_offset: int
     image_size: int
     flags: int
@@ -73,11 +113,30 @@ Images = tuple[Kernel, bytes | None]
 
 def load_kernel(path: str | os.PathLike[str], memory: int) -> Kernel:
     """The kernel in the file ``path``, for a guest of ``memory`` bytes. Raises ImageError, naming the file."""
-    content = read_file(path, "kernel", memory)
     try:
-        return parse_kernel(content, memory)
+        if (stored := _stored(Path(path), memory)) is not None:
+            return stored
+        return parse_kernel(read_file(path, "kernel", memory), memory)
     except ImageError as error:
-        raise ImageError(f"{os.fspath(path)}: {error}") from error
+        named = str(error).startswith(os.fspath(path))
+        raise error if named else ImageError(f"{os.fspath(path)}: {error}") from error
+
+
+def _stored(path: Path, memory: int) -> Kernel | None:
+    """The kernel in a file that has it as it is to be in memory; of any other, and of what is no file, None."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return None  # to open a pipe is to take what is in it
+        with path.open("rb", buffering=0) as stream:
+            image = StoredImage(path, os.dup(stream.fileno()))
+            head = stream.read(_HEAD)
+    except OSError:
+        return None  # read_file() says why
+    if compress.detect(head) or head[4:8] == b"zimg" or head[_MAGIC_AT:_HEADER_SIZE][:4] != _MAGIC:
+        return None
+    if len(head) < _HEADER_SIZE or len(image) > memory:
+        return None
+    return _image(head, image, memory)
 
 
 def parse_kernel(content: bytes | memoryview, memory: int) -> Kernel:
@@ -90,7 +149,10 @@ def parse_kernel(content: bytes | memoryview, memory: int) -> Kernel:
             content = _zboot(memoryview(content), memory)
     if bytes(content[_MAGIC_AT:_HEADER_SIZE][:4]) != _MAGIC:
         raise ImageError(_explain(bytes(content[:1024])))
-    return _image(content, memory)
+    kernel = _image(content, content, memory)
+    if kernel is None:
+        raise ImageError("the kernel is cut short: get the file again")
+    return kernel
 
 
 def _unpack(kind: str, content: bytes | memoryview, memory: int) -> bytes:
@@ -117,38 +179,43 @@ def _zboot(content: memoryview, memory: int) -> bytes:
     return _unpack({"xzkern": "xz", "zstd22": "zstd"}.get(kind, kind), payload, memory)
 
 
-def _image(content: bytes | memoryview, memory: int) -> Kernel:
-    if len(content) < _HEADER_SIZE:
-        raise ImageError("the kernel is cut short: get the file again")
-    text_offset, image_size, flags, pe_offset = _HEADER.unpack_from(content)
+def _image(head: bytes | memoryview, image: bytes | memoryview | StoredImage, memory: int) -> Kernel | None:
+    """The kernel that ``head``, the beginning of ``image`` or all of it, tells of; None when headers go on behind."""
+    if len(head) < _HEADER_SIZE:
+        return None
+    text_offset, image_size, flags, pe_offset = _HEADER.unpack_from(head)
     if flags & 1:
         raise ImageError("this is a big-endian kernel, and avmm runs little-endian ones only")
-    if len(content) < _file_size(content, pe_offset):
+    file_size = _file_size(head, pe_offset)
+    if file_size is None or (len(head) < len(image) and len(head) < pe_offset + 4):
+        return None
+    if len(image) < file_size:
         raise ImageError("the kernel is cut short: get the file again")
-    size = max(image_size, len(content))
+    size = max(image_size, len(image))
     offset = text_offset if image_size else _OLD_TEXT_OFFSET
     if offset + size > memory:
         need = -(-(offset + size) // (1 << 20))
         raise ImageError(f"the kernel takes {need} MiB, and the guest has {memory >> 20} MiB: give it more memory")
     page_size = (None, 0x1000, 0x4000, 0x10000)[flags >> 1 & 3]
-    return Kernel(content, offset, size, flags, page_size)
+    return Kernel(image, offset, size, flags, page_size)
 
 
-def _file_size(content: bytes | memoryview, pe_offset: int) -> int:
-    """What the file's PE sections need it to be at least (a kernel with an EFI stub is a PE file too), else 0.
+def _file_size(head: bytes | memoryview, pe_offset: int) -> int | None:
+    """What the file's PE sections need it to be at least (a kernel with an EFI stub is a PE file too), else 0; None
+    when ``head`` does not hold the section table.
 
     The kernel's own header cannot tell that a file is cut short: ``image_size`` counts memory, not bytes in the file.
     """
     try:
-        if bytes(content[pe_offset : pe_offset + 4]) != b"PE\0\0":
+        if bytes(head[pe_offset : pe_offset + 4]) != b"PE\0\0":
             return 0
-        (count,) = struct.unpack_from("<H", content, pe_offset + 6)
-        (optional,) = struct.unpack_from("<H", content, pe_offset + 20)
+        (count,) = struct.unpack_from("<H", head, pe_offset + 6)
+        (optional,) = struct.unpack_from("<H", head, pe_offset + 20)
         table = pe_offset + 24 + optional
-        ends = (sum(struct.unpack_from("<II", content, table + 40 * index + 16)) for index in range(count))
+        ends = (sum(struct.unpack_from("<II", head, table + 40 * index + 16)) for index in range(count))
         return max(ends, default=0)
     except struct.error:
-        return len(content) + 1  # its header does not even hold the section table
+        return None
 
 
 def _explain(head: bytes) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from avmm.bootloader.image import Kernel
+from avmm.bootloader.image import Kernel, StoredImage
 from avmm.bootloader.machine import KASLR_SEED_SIZE, RAM_BASE, RNG_SEED_SIZE, build_fdt
 from avmm.errors import ImageError
 from avmm.fdt import Node
@@ -72,7 +72,7 @@ def load_linux(
     devices: Sequence[Node],
     entropy: bytes,
 ) -> Entry:
-    """Write kernel, initrd and device tree into ``memory`` and say where to start.
+    """Write kernel, initrd and device tree into ``memory`` and say where to start. Blocks.
 
     ``cpus`` are the vCPUs' MPIDR_EL1 values, ``devices`` the devices' nodes, ``entropy`` ENTROPY_SIZE random
     bytes. Raises ImageError when something does not fit.
@@ -93,7 +93,11 @@ def load_linux(
     )
     if len(fdt) > _BLOCK:
         raise ImageError(f"the device tree takes {_mib(len(fdt))} MiB; a kernel reads 2 MiB")
-    memory.write(layout.kernel, kernel.image)
+    if isinstance(kernel.image, StoredImage):
+        kernel.image.read_into(memory.view(layout.kernel, len(kernel.image)))
+        memory.wrote(layout.kernel, len(kernel.image))
+    else:
+        memory.write(layout.kernel, kernel.image)
     memory.write(layout.fdt, fdt)
     if initrd:
         memory.write(layout.initrd, initrd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +67,24 @@ async def test_reset_reboots_with_memory_loaded_afresh(debian: Fetched) -> None:
             vm.console.write(b"reboot -f\n")
         await vm.console.expect(READY, timeout=120)
         assert vm.outcome is None
+
+
+@booted_only("a restored VM knows its kernel by name")
+async def test_reset_reads_the_kernel_that_was_booted(debian: Fetched, tmp_path: Path) -> None:
+    kernel = tmp_path / "vmlinuz"
+    shutil.copyfile(debian.kernel, kernel)
+    async with avmm.boot(kernel, debian.initrd) as vm:
+        await vm.console.expect(READY, timeout=120)
+        kernel.rename(tmp_path / "vmlinuz.old")
+        kernel.touch()  # what has its name now
+        vm.console.write(b"reboot -f\n")
+        await vm.console.expect(READY, timeout=120)
+        with (tmp_path / "vmlinuz.old").open("r+b") as stream:
+            stream.write(b"MZ")  # which is what was there: that it was written to is enough
+        vm.console.write(b"reboot -f\n")
+        outcome = await vm.wait(timeout=120)
+    assert outcome.reason == "fault"
+    assert "written to since the VM was started" in str(outcome.error)
 
 
 async def test_reset_ends_a_vm_that_does_not_reboot(debian: Fetched) -> None:

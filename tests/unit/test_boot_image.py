@@ -140,6 +140,53 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_kernel(tmp_path / "big", MEMORY)
 
 
+def test_a_kernel_is_read_from_its_file_each_time(tmp_path: Path) -> None:
+    """Whatever has its name by then; but what was written to is another kernel than the one looked at."""
+    path = tmp_path / "vmlinuz"
+    path.write_bytes(image())
+    kernel = load_kernel(path, MEMORY)
+    assert bytes(kernel.image) == image()
+    path.rename(tmp_path / "vmlinuz.old")
+    path.write_bytes(bytes(100))
+    assert bytes(kernel.image) == image()
+    for change in (image()[:-1], image() + b"x"):
+        path.write_bytes(image())
+        kernel = load_kernel(path, MEMORY)
+        path.write_bytes(change)
+        with pytest.raises(ImageError, match="written to since the VM was started"):
+            bytes(kernel.image)
+    path.write_bytes(image())
+    kernel = load_kernel(path, MEMORY)
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(ImageError, match="written to since the VM was started"):
+        bytes(kernel.image)
+
+
+def test_a_kernel_s_file_is_closed_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "vmlinuz"
+    path.write_bytes(image())
+    before = len(os.listdir("/dev/fd"))
+    kernel = load_kernel(path, MEMORY)
+    assert len(os.listdir("/dev/fd")) == before + 1
+    del kernel
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_a_section_table_far_from_the_start(tmp_path: Path) -> None:
+    """Of a file cut short, which it alone tells."""
+    whole = bytearray(image().ljust(0x4_0000, b"\0"))
+    at = 0x2_0000
+    struct.pack_into("<I", whole, 60, at)
+    whole[at : at + 24] = b"PE\0\0".ljust(6, b"\0") + struct.pack("<H", 1) + bytes(16)
+    struct.pack_into("<II", whole, at + 24 + 16, 0x1000, 0x3_F000)
+    path = tmp_path / "vmlinuz"
+    path.write_bytes(whole)
+    assert bytes(load_kernel(path, MEMORY).image) == whole
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ImageError, match="cut short"):
+        load_kernel(path, MEMORY)
+
+
 def test_a_kernel_through_a_pipe(tmp_path: Path) -> None:
     """``avmm boot <(make-kernel)``: in many pieces, whose number nobody knows; and one that does not end."""
     path = tmp_path / "vmlinuz"
