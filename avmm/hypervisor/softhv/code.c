@@ -174,20 +174,24 @@ static bool taken(struct vcpu *c, uint64_t target, uint64_t next) {
     return there > 2 && there > 2 * runs(c, next);
 }
 
-const struct block *code_trace(struct vcpu *c, const struct block *block, uint16_t at[BLOCK_MAX + 1]) {
+bool code_trace(struct vcpu *c, const struct block *block, struct block *trace, uint16_t at[BLOCK_MAX + 1]) {
     uint64_t page = block->pa & ~(uint64_t)(PAGE_SIZE - 1);
     struct ram *ram = vm_ram(c->vm, page);
-    if (!ram || code_full(c))
-        return NULL;
-    struct block *trace = (struct block *)(c->cache->arena + c->cache->used);
+    if (!ram)
+        return false;
     decode_trace(trace, block->pa, ram->host + (page - ram->ipa), at, taken, c);
-    if (!trace->count)
-        return NULL;
-    take(c->cache, sizeof *trace + (trace->count + 1) * sizeof(struct uop));
-    return trace;
+    return trace->count > 0;
 }
 
+struct uop *code_room(struct vcpu *c) {
+    return code_full(c) ? NULL : (struct uop *)(c->cache->arena + c->cache->used);
+}
+
+void code_keep(struct vcpu *c, uint32_t count) { take(c->cache, count * sizeof(struct uop)); }
+
 static void drop_page(struct vcpu *c, struct code_page *page) {
+    if (page->compiled_count) /* else they would come back to the dispatcher, each time */
+        jump_stale(c);
     for (struct block *block = page->blocks; block; block = block->page) {
         struct block **link = &c->cache->bucket[bucket_of(block->pa)];
         while (*link != block)

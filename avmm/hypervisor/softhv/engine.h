@@ -262,7 +262,8 @@ struct code_tlb {
     struct fetch_entry fetch[FETCH_SIZE];
     struct jump_entry *jump;
     uint32_t jump_mask; /* in bytes */
-    uint64_t gen;       /* changes, to what no other has or had, whenever anything leaves jump[]: see leave_far() */
+    /* Changes, to what no other has or had, whenever anything leaves jump[] or compiled code is dropped: leave_far(). */
+    uint64_t gen;
     struct held held[2];
 };
 
@@ -380,7 +381,8 @@ struct vcpu {
     _Atomic bool inside; /* the guest: it reads mail soon */
     uint64_t icount;  /* instructions retired */
     const void *jit_link, *jit_far; /* see jit.h */
-    uint64_t jit_far_page;
+    uint64_t jit_far_page; /* where jit_far is or, when that is a branch by register, goes */
+    bool jit_by_register;
     struct vm *vm;
     struct gic_cpu *gic; /* gic.c's; NULL: interrupts are the host's */
     hv_vcpu_t handle;
@@ -535,6 +537,7 @@ void fetch_fill(struct vcpu *c, const struct translation *t, const struct ram *r
 struct jump_entry *jump_fill(struct vcpu *c, uint64_t pc, const struct block *block);
 void jump_offer(struct vcpu *c, struct jump_entry entry); /* the same where nothing has to go for it */
 void jump_see(struct vcpu *c); /* after el or code[el] has changed */
+void jump_stale(struct vcpu *c); /* when compiled code is dropped: links to it may be anywhere */
 void tlb_flush_all(struct vcpu *c);
 #define ANY_ASID (~UINT64_C(0))
 void tlb_flush_va(struct vcpu *c, uint64_t va, uint64_t asid); /* `va`: any address in the page */
@@ -666,8 +669,11 @@ extern const uint32_t a64_row_count;
 
 /* By the vCPU's own thread, between blocks, or for code_invalidate() as the last thing of one. */
 struct block *code_block(struct vcpu *c, uint64_t pa, const uint8_t *host); /* found or decoded */
-/* For the compiler, as decode_trace() has it; NULL: nothing to gain. */
-const struct block *code_trace(struct vcpu *c, const struct block *block, uint16_t at[BLOCK_MAX + 1]);
+/* For the compiler, as decode_trace() has it; false: nothing to gain. */
+bool code_trace(struct vcpu *c, const struct block *block, struct block *trace, uint16_t at[BLOCK_MAX + 1]);
+/* Room in the arena for BLOCK_MAX uops, or NULL; the first `count` written there stay. */
+struct uop *code_room(struct vcpu *c);
+void code_keep(struct vcpu *c, uint32_t count);
 bool code_full(const struct vcpu *c);
 static inline const uint8_t *code_arena(const struct vcpu *c) { return c->arena; }
 static inline struct block *jump_block(const struct vcpu *c, const struct jump_entry *jump) {

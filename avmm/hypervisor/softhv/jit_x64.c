@@ -26,7 +26,7 @@ struct jit {
     uint32_t huge;           /* which of its huge pages has been asked for, a bit each */
     int32_t threshold;
     /* As written, not as run: point() takes distances. */
-    const uint8_t *enter, *lookup, *lookup_far, *link, *dropped, *call, *call_flags, *slow, *slow_flags, *pure;
+    const uint8_t *enter, *lookup, *lookup_far, *lookup_by_register, *link, *dropped, *call, *call_flags, *slow, *slow_flags, *pure;
 };
 
 static const struct emitter *emitter_of[ROWS_MAX];
@@ -36,7 +36,7 @@ static bool sha; /* compilers cannot name that in __builtin_cpu_supports() yet *
 bool host_has_sha(void) { return sha; }
 
 /* Where leave_far() has what is patched, from its first instruction on. */
-enum { FAR_GEN = 2, FAR_PAGE = 25, FAR_JUMP = 50 };
+enum { FAR_GEN = 2, FAR_PAGE = 25, FAR_OFFSET = 45, FAR_JUMP = 50 };
 #define NOT_LINKED (~UINT64_C(0))
 /* A link made in another address space is followed by looking its target up; one in so many is made anew instead. */
 enum { STALE_LINKS = 64 };
@@ -61,15 +61,38 @@ static void drop(struct regs *regs, unsigned h) {
     regs->dirty &= (uint16_t) ~(1u << h);
 }
 
+/* Of these host registers the one whose guest register is named last from here on, or is not. */
+static unsigned named_last(const struct emit *e, uint32_t among) {
+    const struct block *block = e->block;
+    for (uint32_t i = e->index + 1, end = e->header ? block->count + e->index : block->count; i < end; i++) {
+        uint32_t at = i < block->count ? i : i - block->count;
+        const struct uop *u = &block->uops[at];
+        unsigned group = e->group_of[at];
+        const uint8_t names[] = {u->rd, u->rn, u->rm, u->ra, group == NO_GROUP ? R_SINK : e->groups[group].scratch};
+        for (unsigned k = 0; k < sizeof names; k++) {
+            uint32_t rest = names[k] < R_ALL && e->regs.host[names[k]] != NO_REG
+                                ? among & ~(1u << e->regs.host[names[k]]) : among;
+            if (!rest)
+                return (unsigned)__builtin_ctz(among);
+            among = rest;
+        }
+    }
+    uint32_t clean = among & ~(uint32_t)e->regs.dirty;
+    return (unsigned)__builtin_ctz(clean ? clean : among);
+}
+
 static unsigned allocate(struct emit *e, unsigned guest) {
     unsigned h = NO_REG;
-    for (unsigned i = 0; i < POOL; i++) {
-        if (e->regs.guest[pool[i]] == NO_GUEST) {
+    uint32_t others = 0;
+    for (unsigned i = 0; i < POOL && h == NO_REG; i++) {
+        if (e->regs.guest[pool[i]] == NO_GUEST)
             h = pool[i];
-            break;
-        }
-        if (e->stamp[pool[i]] != e->now && (h == NO_REG || e->stamp[pool[i]] < e->stamp[h]))
-            h = pool[i];
+        else if (e->stamp[pool[i]] != e->now)
+            others |= 1u << pool[i];
+    }
+    if (h == NO_REG) {
+        uint32_t clean = others & ~(uint32_t)e->regs.dirty;
+        h = named_last(e, e->header && clean ? clean : others);
     }
     if (e->regs.dirty >> h & 1)
         store(e, 1, h, CPU, X_AT(e->regs.guest[h]));
@@ -162,41 +185,49 @@ static void flags_to_reg(struct emit *e) {
     mov(e, 0, FLAGS, RAX);
 }
 
+/* reg op= guest register */
+static void with_guest(struct emit *e, unsigned w, uint32_t op, unsigned reg, unsigned guest) {
+    if (e->regs.host[guest] != NO_REG)
+        op_rr(e, w, op, reg, e->regs.host[guest]);
+    else
+        op_rm(e, w, op, reg, CPU, X_AT(guest));
+}
+
 /* Puts NZCV into the host's flags, by the operation that had set them. */
 static void flags_again(struct emit *e) {
     const struct again_by *a = &e->regs.again;
-    unsigned n = e->regs.host[a->n], m = a->kind == CMP_REG || a->kind == TEST_REG ? e->regs.host[a->m] : NO_REG;
-    if (n == NO_REG) {
+    unsigned n = e->regs.host[a->n], w = a->wide;
+    bool sub = a->kind == UNDO_SUB_REG;
+    if (n == NO_REG && a->kind != ADD_REG && a->kind != UNDO_ADD_REG && !sub) {
         load(e, 1, RAX, CPU, X_AT(a->n));
         n = RAX;
     }
     switch (a->kind) {
-    case CMP_REG:
-    case TEST_REG: {
-        uint32_t op = a->kind == CMP_REG ? 8 * CMP + 3 : 0x85;
-        if (m == NO_REG)
-            op_rm(e, a->wide, op, n, CPU, X_AT(a->m));
-        else
-            op_rr(e, a->wide, op, n, m);
-        break;
-    }
-    case CMP_IMM: alu_imm(e, a->wide, CMP, n, a->imm); break;
-    case TEST_IMM: test_imm_w(e, a->wide, n, a->imm); break;
+    case CMP_REG: with_guest(e, w, 8 * CMP + 3, n, a->m); break;
+    case TEST_REG: with_guest(e, w, 0x85, n, a->m); break;
+    case CMP_IMM: alu_imm(e, w, CMP, n, a->imm); break;
+    case TEST_IMM: test_imm_w(e, w, n, a->imm); break;
     case UNDO_SUB_IMM:
-        lea(e, a->wide, RAX, n, a->imm);
-        alu_imm(e, a->wide, CMP, RAX, a->imm);
+        lea(e, w, RAX, n, a->imm);
+        alu_imm(e, w, CMP, RAX, a->imm);
         break;
     case UNDO_ADD_IMM:
-        lea(e, a->wide, RAX, n, -a->imm);
-        alu_imm(e, a->wide, ADD, RAX, a->imm);
+        lea(e, w, RAX, n, -a->imm);
+        alu_imm(e, w, ADD, RAX, a->imm);
         break;
-    default: /* ADD_IMM */
+    case ADD_IMM:
         mov(e, 1, RAX, n);
-        alu_imm(e, a->wide, ADD, RAX, a->imm);
+        alu_imm(e, w, ADD, RAX, a->imm);
+        break;
+    default: /* of two registers, neither to be changed */
+        with_guest(e, 1, 0x8b, RAX, a->n);
+        if (a->kind != ADD_REG)
+            with_guest(e, w, 8 * (sub ? ADD : SUB) + 3, RAX, a->m);
+        with_guest(e, w, 8 * (sub ? CMP : ADD) + 3, RAX, a->m);
     }
     if (a->kind == TEST_REG || a->kind == TEST_IMM)
         stc(e); /* C is 0 */
-    else if (a->kind == ADD_IMM || a->kind == UNDO_ADD_IMM)
+    else if (a->kind == ADD_IMM || a->kind == UNDO_ADD_IMM || a->kind == ADD_REG || a->kind == UNDO_ADD_REG)
         cmc(e);
     e->host_flags = true;
 }
@@ -283,6 +314,39 @@ static void leave_far(struct emit *e, int32_t target, uint8_t *stop[2]) {
     jump_to(e, e->jit->lookup_far);
 }
 
+/*
+ * To the address in RAX, where a branch by register goes. It is where it went when it was linked, mostly: then the same
+ * holds as for leave_far(), but of the target's VA. NZCV is in FLAGS.
+ */
+void leave_by_register(struct emit *e, const struct uop *u) {
+    spill(e, &e->regs);
+    count(e, u);
+    uint8_t *stop = jcc(e, LE);
+    op_rm(e, 0, 0xf6, 0, CPU, AT(poll));
+    byte(e, POLL_NOW);
+    uint8_t *asked = jcc(e, NE), *site = e->p;
+    opcode(e, 1, 0xb8 | RCX, 0, 0, RCX);
+    word64(e, NOT_LINKED);
+    op_rm(e, 1, 0x3b, RCX, CPU, AT(link_now));
+    uint8_t *other = jcc(e, NE);
+    opcode(e, 1, 0xb8 | RCX, 0, 0, RCX);
+    word64(e, 0);
+    alu(e, 1, CMP, RCX, RAX);
+    point(jcc(e, NE), e->jit->lookup); /* it goes to several: once linked, to the first */
+    opcode(e, 1, 0x8d, PAGE, 0, RCX); /* LEA PAGE, [RCX - ...] */
+    byte(e, 0x80 | (PAGE & 7) << 3 | RCX);
+    word32(e, 0);
+    if (jmp(e) - site != FAR_JUMP)
+        __builtin_trap();
+    here(e, stop);
+    here(e, asked);
+    here(e, other);
+    opcode(e, 1, 0x8d, RSI, 0, 0); /* LEA RSI, [RIP + ...] */
+    byte(e, RSI << 3 | 5);
+    word32(e, (uint32_t)(site - (e->p + 4)));
+    jump_to(e, e->jit->lookup_by_register);
+}
+
 /* Round a loop guest registers stay where they are, as far as the header agrees; what it takes for clean is stored. */
 static void leave_to_header(struct emit *e, const struct uop *u) {
     need_flags(e);
@@ -354,10 +418,20 @@ void leave_to_rax(struct emit *e, const struct uop *u) {
     jump_to(e, e->jit->lookup);
 }
 
+/* Where in the arena compiled code finds it. */
+static uint32_t keep(struct emit *e, const struct uop *u) {
+    uint8_t *as = &e->kept_as[u - e->block->uops];
+    if (!*as) {
+        e->kept[e->kept_count] = *u;
+        *as = ++e->kept_count;
+    }
+    return (uint32_t)((const uint8_t *)&e->kept[*as - 1] - code_arena(e->vcpu));
+}
+
 static void emit_call(struct emit *e, const struct uop *u) {
     if (!(e->regs.flags & FLAGS_IN_MEM))
         need_flags(e);
-    mov_imm(e, RSI, (uint64_t)((const uint8_t *)u - code_arena(e->vcpu)));
+    mov_imm(e, RSI, keep(e, u));
     mov_imm(e, RCX, (uint64_t)(int64_t)pc_base(e, u));
     call_stub(e, e->regs.flags & FLAGS_IN_MEM ? e->jit->call : e->jit->call_flags);
     e->regs.flags |= FLAGS_IN_MEM;
@@ -416,7 +490,7 @@ static void emit_slow(struct emit *e, const struct outlined *o) {
     for (unsigned i = 0; i < sizeof o->after.vector; i++)
         more |= o->after.vector[i] != NO_GUEST;
     struct slow slow = {
-        .uop = (uint32_t)((const uint8_t *)o->u - code_arena(e->vcpu)),
+        .uop = keep(e, o->u),
         .back = (int32_t)(more ? (ptrdiff_t)sizeof slow : o->back - e->p),
         .pc_base = pc_base(e, o->u),
         .ran = (uint8_t)(o->u - e->block->uops + 1),
@@ -478,7 +552,7 @@ void check_fp(struct emit *e, const struct uop *u) {
 }
 
 void call_pure(struct emit *e, const struct uop *u) {
-    mov_imm(e, RAX, (uint64_t)((const uint8_t *)u - code_arena(e->vcpu)));
+    mov_imm(e, RAX, keep(e, u));
     call_stub(e, e->jit->pure);
     v_forget_all(e);
     e->host_flags = false;
@@ -543,8 +617,7 @@ static bool spoils_flags(struct emit *e, uint32_t i) {
     const struct again_by *a = &e->regs.again;
     if (!(e->regs.flags & FLAGS_AGAIN) || (e->by[i] && e->by[i]->effects & SETS))
         return false;
-    bool both = a->kind == CMP_REG || a->kind == TEST_REG;
-    if (!((e->writes[i] >> a->n & 1) || (both && e->writes[i] >> a->m & 1)))
+    if (!((e->writes[i] >> a->n & 1) || (a->kind >= CMP_REG && e->writes[i] >> a->m & 1)))
         return false;
     if (!(e->regs.flags & (FLAGS_IN_REG | FLAGS_IN_MEM)) && e->live_after[i])
         need_flags(e);
@@ -629,12 +702,16 @@ const void *jit_compile(struct vcpu *c, const struct block *block) {
     jit->used = (jit->used + 15) & ~(size_t)15;
     uint8_t *code = jit->write + jit->used, *cold = jit->write + jit->cold_used;
     struct emit storage, *e = &storage; /* large, and most of it is not used: filled in as it is */
-    const struct block *trace = code_trace(c, block, e->at);
-    if (!trace)
+    _Alignas(struct block) uint8_t room[sizeof(struct block) + (TRACE_MAX + 1) * sizeof(struct uop)];
+    struct block *trace = (struct block *)room;
+    e->kept = code_room(c);
+    if (!e->kept || !code_trace(c, block, trace, e->at))
         return NULL;
     e->jit = jit;
     e->vcpu = c;
     e->block = trace;
+    e->kept_count = 0;
+    memset(e->kept_as, 0, trace->count);
     e->now = 0;
     memset(e->stamp, 0, sizeof e->stamp);
     memset(e->vector_stamp, 0, sizeof e->vector_stamp);
@@ -645,11 +722,12 @@ const void *jit_compile(struct vcpu *c, const struct block *block) {
     emit_trace(e, code, cold);
     if (e->loops) { /* once more, now that it is known what goes round, and is read early enough to be worth it */
         for (unsigned i = 0; i < POOL; i++)
-            if (e->back.guest[pool[i]] != NO_GUEST && !(e->early >> e->back.guest[pool[i]] & 1))
+            if (e->back.guest[pool[i]] != NO_GUEST && !(e->early >> e->back.guest[pool[i]] & 1) && !(e->back.dirty >> pool[i] & 1))
                 drop(&e->back, pool[i]);
         emit_trace(e, code, cold);
     }
 
+    code_keep(c, e->kept_count);
     jit->used = (size_t)(e->p - jit->write);
     jit->cold_used = (size_t)(e->cold - jit->write);
     counter_add(&c->counters.compiled, 1);
@@ -682,6 +760,10 @@ void jit_link(struct vcpu *c, const void *code) {
         uint8_t *far = jit->write + ((const uint8_t *)c->jit_far - jit->exec);
         memcpy(far + FAR_GEN, &c->link_now, 8);
         memcpy(far + FAR_PAGE, &c->jit_far_page, 8);
+        if (c->jit_by_register) {
+            int32_t offset = -(int32_t)(c->jit_far_page & (PAGE_SIZE - 1));
+            memcpy(far + FAR_OFFSET, &offset, 4);
+        }
         point(far + FAR_JUMP, target);
     } else {
         return;
@@ -791,12 +873,22 @@ static void emit_stubs(struct emit *e, struct vcpu *c) {
     jump_to(e, leave);
     align(e);
     jit->lookup_far = e->p;
-    op_rm(e, 1, 0x83, CMP, RSI, FAR_GEN);
-    byte(e, (uint8_t)NOT_LINKED);
-    point(jcc(e, E), leave_far);
     alu_mem_imm(e, SUB, CPU, AT(stale_links), 1);
     point(jcc(e, LE), leave_far);
     emit_lookup(e, leave_far);
+
+    align(e); /* The same for leave_by_register(). */
+    const uint8_t *leave_by_register = e->p;
+    store(e, 1, RSI, CPU, AT(jit_far));
+    store(e, 1, RAX, CPU, AT(jit_far_page));
+    op_rm(e, 0, 0xc6, 0, CPU, AT(jit_by_register));
+    byte(e, 1);
+    jump_to(e, leave);
+    align(e);
+    jit->lookup_by_register = e->p;
+    alu_mem_imm(e, SUB, CPU, AT(stale_links), 1);
+    point(jcc(e, LE), leave_by_register);
+    emit_lookup(e, leave_by_register);
 
     align(e); /* EAX: offset in the page of code that was dropped. */
     jit->dropped = e->p;

@@ -70,7 +70,10 @@ extern const struct emitter jit_x64_int[], jit_x64_mem[], jit_x64_simd[], jit_x6
  * long as its operands are there.
  */
 enum { FLAGS_IN_REG = 1, FLAGS_IN_MEM = 2, FLAGS_AGAIN = 4 };
-enum again { AGAIN_NEVER, CMP_REG, CMP_IMM, ADD_IMM /* CMN */, UNDO_SUB_IMM, UNDO_ADD_IMM, TEST_REG, TEST_IMM };
+enum again {
+    AGAIN_NEVER, CMP_IMM, ADD_IMM /* CMN */, UNDO_SUB_IMM, UNDO_ADD_IMM, TEST_IMM,
+    CMP_REG, ADD_REG, UNDO_SUB_REG, UNDO_ADD_REG, TEST_REG, /* from CMP_REG on: m counts */
+};
 struct again_by {
     uint8_t kind, wide, n, m; /* guest registers; UNDO_*: n holds the result */
     int32_t imm;
@@ -138,6 +141,8 @@ struct emit {
     struct jit *jit;
     struct vcpu *vcpu;
     const struct block *block;
+    struct uop *kept;    /* in the arena: those of its uops that compiled code refers to */
+    uint8_t kept_count, kept_as[TRACE_MAX]; /* which of these each is, from 1; 0: none yet */
     uint32_t index;      /* of the instruction at hand */
     uint16_t at[TRACE_MAX + 1]; /* see decode_trace() */
     uint32_t went_back;  /* the first instruction that the trace goes backwards from */
@@ -338,6 +343,7 @@ void comes_back(struct emit *e, struct outlined *o); /* when the fast path is do
 
 void side_exit(struct emit *e, const struct uop *u, uint8_t *field, int32_t target);
 void leave_to(struct emit *e, const struct uop *u, int32_t target); /* offset from PAGE */
+void leave_by_register(struct emit *e, const struct uop *u);        /* the same, of a branch by register */
 void leave_to_rax(struct emit *e, const struct uop *u);             /* the address is in RAX */
 void call_op(struct emit *e, const struct uop *u, bool ends);
 void check_fp(struct emit *e, const struct uop *u);

@@ -42,6 +42,12 @@ static struct again_by again_reg(const struct uop *u, unsigned w, unsigned what)
         return (struct again_by){TEST_REG, w, u->rd, u->rd, 0};
     if (what == SUB && kept)
         return (struct again_by){CMP_REG, w, u->rn, u->rm, 0};
+    if (what == ADD && kept)
+        return (struct again_by){ADD_REG, w, u->rn, u->rm, 0};
+    if (u->rn != u->rm && u->rd == u->rn && (what == SUB || what == ADD))
+        return (struct again_by){what == SUB ? UNDO_SUB_REG : UNDO_ADD_REG, w, u->rd, u->rm, 0};
+    if (u->rn != u->rm && what == ADD)
+        return (struct again_by){UNDO_ADD_REG, w, u->rd, u->rn, 0};
     return (struct again_by){.kind = AGAIN_NEVER};
 }
 
@@ -235,10 +241,14 @@ static void emit_logic_imm(struct emit *e, const struct uop *u, uint32_t arg) {
 static void emit_carry(struct emit *e, const struct uop *u, uint32_t arg) {
     unsigned w = arg & WIDE, what = arg >> WHAT & 7;
     unsigned n = use(e, u->rn), m = use(e, u->rm);
-    need_flags(e);
     mov(e, 1, RDX, n);
-    op_rr(e, 0, 0x0fba, 4, FLAGS); /* BT: the inverted C, as SBB wants it */
-    byte(e, 8);
+    if (e->host_flags || e->regs.flags & FLAGS_AGAIN) {
+        condition(e, 2);
+    } else {
+        need_flags(e);
+        op_rr(e, 0, 0x0fba, 4, FLAGS); /* BT: the inverted C, as SBB wants it */
+        byte(e, 8);
+    }
     if (what == ADC)
         cmc(e);
     alu(e, w, what, RDX, m);
@@ -609,7 +619,7 @@ static void emit_br(struct emit *e, const struct uop *u, uint32_t arg) {
     mov(e, 1, RAX, use(e, u->rn));
     if (arg) /* BLR */
         lea(e, 1, def(e, 30), PAGE, page_offset(e, u) + 4);
-    leave_to_rax(e, u);
+    leave_by_register(e, u);
     e->ended = true;
 }
 

@@ -11,6 +11,7 @@
 #include "a64_mem.def"
 #undef A64
 #undef A64_END
+bool p_dc_zva(struct vcpu *c, const struct uop *u);
 
 /* What arg is made of: log2 of the size in bits 2:0. */
 enum {
@@ -257,6 +258,8 @@ void emit_checked_access(struct emit *e, struct outlined *o) {
 enum { SPAN_MAX = 256 };
 
 static bool by_base(const struct emitter *by);
+static bool by_index(const struct emitter *by);
+static bool same_address(const struct emit *e, uint32_t one, uint32_t other);
 static void emit_access(struct emit *e, const struct uop *u, uint32_t arg);
 
 /*
@@ -268,6 +271,7 @@ void plan_accesses(struct emit *e) {
     int32_t distance[R_COUNT], start[TRACE_MAX];
     unsigned members[TRACE_MAX], pages = 0;
     struct { uint64_t imm; uint8_t root; } page[TRACE_MAX];
+    unsigned indexed = NO_GROUP; /* the last access of a base and an index, while neither has changed */
     for (uint32_t i = 0; i < e->block->count; i++) {
         const struct uop *u = &e->block->uops[i];
         const struct emitter *by = e->by[i];
@@ -277,6 +281,7 @@ void plan_accesses(struct emit *e) {
         if (!by || (by->emit == emit_access && loads_base(u, by->arg, by->arg & PAIR))) { /* a call: no scratch survives */
             memset(root, 0, sizeof root);
             pages = 0;
+            indexed = NO_GROUP;
             continue;
         }
         if (by_base(by)) {
@@ -336,6 +341,28 @@ void plan_accesses(struct emit *e) {
         } else {
             from = NO_GUEST;
         }
+        if (by_index(by)) {
+            int32_t size = (int32_t)total_size(by->arg);
+            if (indexed != NO_GROUP && same_address(e, indexed, i)) {
+                struct group *group = &e->groups[indexed];
+                group->write |= by->arg & STORES;
+                group->span = size > group->span ? size : group->span;
+                group->last = (uint8_t)i;
+                members[indexed]++;
+            } else {
+                indexed = i;
+                e->groups[i] = (struct group){.first = (uint8_t)i, .last = (uint8_t)i, .write = by->arg & STORES,
+                                              .span = size};
+                start[i] = 0;
+                members[i] = 1;
+            }
+            e->group_of[i] = (uint8_t)indexed;
+        }
+        if (indexed != NO_GROUP) {
+            const struct uop *first = &e->block->uops[indexed];
+            if (e->writes[i] >> first->rn & 1 || e->writes[i] >> first->rm & 1)
+                indexed = NO_GROUP;
+        }
         for (uint64_t written = e->writes[i]; written; written &= written - 1)
             root[__builtin_ctzll(written)] = 0;
         if (from != NO_GUEST && from < R_ZR && constant > -(1 << 20) && constant < 1 << 20) {
@@ -369,12 +396,13 @@ static void grouped_access(struct emit *e, const struct uop *u, struct transfer 
     a->scratch = (uint8_t)(a->finds ? def(e, group->scratch) : use(e, group->scratch));
     struct outlined *o = outline(e, u, CHECKED_ACCESS);
     o->transfer = *a;
-    if (u->aux && !e->sp_aligned[e->index]) {
+    bool indexed = a->m != NO_REG;
+    unsigned va = indexed ? address(e, u, a->arg, (struct operands){a->n, a->m}, o) : a->n;
+    if (u->aux && !indexed && !e->sp_aligned[e->index]) {
         test_imm(e, a->n, 15);
         also_from(o, jcc(e, NE));
     }
     if (a->finds) {
-        unsigned va = a->n;
         if (group->low)
             lea(e, 1, va = RAX, a->n, group->low);
         look_up(e, o, a->scratch, va, (unsigned)group->span, group->write, AT(bank));
@@ -382,8 +410,8 @@ static void grouped_access(struct emit *e, const struct uop *u, struct transfer 
         test(e, 1, a->scratch, a->scratch);
         also_from(o, jcc(e, E));
     }
-    int32_t disp = (a->arg >> MODE & 7) == M_POST ? 0 : (int32_t)u->imm;
-    move(e, u, a, (struct place){a->n, a->scratch, disp});
+    int32_t disp = indexed || (a->arg >> MODE & 7) == M_POST ? 0 : (int32_t)u->imm;
+    move(e, u, a, (struct place){indexed ? va : a->n, a->scratch, disp});
 }
 
 static void emit_access(struct emit *e, const struct uop *u, uint32_t arg) {
@@ -449,6 +477,33 @@ static void emit_multiple(struct emit *e, const struct uop *u, uint32_t arg) {
 static bool by_base(const struct emitter *by) {
     unsigned mode = by->arg >> MODE & 7;
     return by->emit == emit_access && (mode == M_IMM || mode == M_PRE || mode == M_POST);
+}
+
+/* DC ZVA: a kernel clears each page by it. Where EL0 may not, which nobody asks for, it is the op's. */
+static void emit_zero(struct emit *e, const struct uop *u, uint32_t arg) {
+    unsigned n = use(e, u->rn);
+    struct outlined *o = slow_call(e, u);
+    op_rm(e, 0, 0xf7, 0, CPU, AT(sys.sctlr)); /* TEST */
+    word32(e, SCTLR_DZE);
+    also_from(o, jcc(e, E));
+    mov(e, 1, RAX, n);
+    alu_imm(e, 1, AND, RAX, -ZVA_SIZE);
+    struct place at = translate(e, o, RAX, 1, true, false); /* all of it is in one page */
+    xx(e, 0x0f57, 0, 0); /* XORPS */
+    for (unsigned k = 0; k < ZVA_SIZE; k += 16)
+        op_at(e, 0, MOVUPS_STORE, 0, at, k);
+    comes_back(e, o);
+}
+
+static bool by_index(const struct emitter *by) {
+    unsigned mode = by->arg >> MODE & 7;
+    return by->emit == emit_access && (mode == M_LSL || mode == M_UXTW || mode == M_SXTW);
+}
+
+/* Of two accesses of a base and an index. */
+static bool same_address(const struct emit *e, uint32_t one, uint32_t other) {
+    const struct uop *u = &e->block->uops[one], *v = &e->block->uops[other];
+    return u->rn == v->rn && u->rm == v->rm && u->imm == v->imm && !((e->by[one]->arg ^ e->by[other]->arg) >> MODE & 7);
 }
 
 static void emit_literal(struct emit *e, const struct uop *u, uint32_t arg) {
@@ -580,6 +635,7 @@ const struct emitter jit_x64_mem[] = {
     {p_ldr_d_literal, emit_literal, 3 | VECTOR, TRAPS | NO_RD},
     {p_ldr_q_literal, emit_literal, 4 | VECTOR, TRAPS | NO_RD},
     {p_prfm, emit_nothing, 0, KEEPS | NO_RD},
+    {p_dc_zva, emit_zero, 0, TRAPS | NO_RD},
     {p_cas32, emit_cas, 2, TRAPS | NO_RD | AND_RA},
     {p_cas64, emit_cas, 3, TRAPS | NO_RD | AND_RA},
     FETCH(swp, A_SWP),

@@ -245,6 +245,13 @@ void tlb_drop_code(struct vcpu *c) {
     clear_all_jumps(c, &c->kernel_code);
 }
 
+void jump_stale(struct vcpu *c) {
+    for (struct space *s = c->spaces; s < c->spaces + SPACES; s++)
+        s->code.gen = ++c->gens;
+    c->kernel_code.gen = ++c->gens;
+    jump_see(c);
+}
+
 /* ---- Address spaces ----------------------------------------------------------------------------------------------- */
 
 static bool empty(const struct space *s) {
