@@ -26,7 +26,8 @@ struct jit {
     uint32_t huge;           /* which of its huge pages has been asked for, a bit each */
     int32_t threshold;
     /* As written, not as run: point() takes distances. */
-    const uint8_t *enter, *lookup, *lookup_far, *lookup_by_register, *link, *dropped, *call, *call_flags, *slow, *slow_flags, *pure;
+    const uint8_t *enter, *lookup, *lookup_far, *lookup_by_register, *link, *dropped;
+    const uint8_t *call, *call_flags, *slow, *slow_flags, *pure;
 };
 
 static const struct emitter *emitter_of[ROWS_MAX];
@@ -35,7 +36,7 @@ static bool sha; /* compilers cannot name that in __builtin_cpu_supports() yet *
 
 bool host_has_sha(void) { return sha; }
 
-/* Where leave_far() has what is patched, from its first instruction on. */
+/* Where leave_far() and leave_by_register() have what is patched, from their first instruction on. */
 enum { FAR_GEN = 2, FAR_PAGE = 25, FAR_OFFSET = 45, FAR_JUMP = 50 };
 #define NOT_LINKED (~UINT64_C(0))
 /* A link made in another address space is followed by looking its target up; one in so many is made anew instead. */
@@ -61,7 +62,7 @@ static void drop(struct regs *regs, unsigned h) {
     regs->dirty &= (uint16_t) ~(1u << h);
 }
 
-/* Of these host registers the one whose guest register is named last from here on, or is not. */
+/* Of these host registers the one whose guest register is named last from here on, or not at all. */
 static unsigned named_last(const struct emit *e, uint32_t among) {
     const struct block *block = e->block;
     for (uint32_t i = e->index + 1, end = e->header ? block->count + e->index : block->count; i < end; i++) {
@@ -720,10 +721,12 @@ const void *jit_compile(struct vcpu *c, const struct block *block) {
     no_regs(&e->back);
     plan(e);
     emit_trace(e, code, cold);
-    if (e->loops) { /* once more, now that it is known what goes round, and is read early enough to be worth it */
-        for (unsigned i = 0; i < POOL; i++)
-            if (e->back.guest[pool[i]] != NO_GUEST && !(e->early >> e->back.guest[pool[i]] & 1) && !(e->back.dirty >> pool[i] & 1))
+    if (e->loops) { /* once more, now that it is known what goes round, and is changed there or read early enough */
+        for (unsigned i = 0; i < POOL; i++) {
+            bool dirty = e->back.dirty >> pool[i] & 1;
+            if (e->back.guest[pool[i]] != NO_GUEST && !dirty && !(e->early >> e->back.guest[pool[i]] & 1))
                 drop(&e->back, pool[i]);
+        }
         emit_trace(e, code, cold);
     }
 

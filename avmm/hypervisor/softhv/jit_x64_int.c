@@ -243,7 +243,7 @@ static void emit_carry(struct emit *e, const struct uop *u, uint32_t arg) {
     unsigned n = use(e, u->rn), m = use(e, u->rm);
     mov(e, 1, RDX, n);
     if (e->host_flags || e->regs.flags & FLAGS_AGAIN) {
-        condition(e, 2);
+        condition(e, 2); /* HS: whichever, NZCV is there */
     } else {
         need_flags(e);
         op_rr(e, 0, 0x0fba, 4, FLAGS); /* BT: the inverted C, as SBB wants it */
