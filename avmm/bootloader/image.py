@@ -114,12 +114,15 @@ Images = tuple[Kernel, bytes | None]
 def load_kernel(path: str | os.PathLike[str], memory: int) -> Kernel:
     """The kernel in the file ``path``, for a guest of ``memory`` bytes. Raises ImageError, naming the file."""
     try:
-        if (stored := _stored(Path(path), memory)) is not None:
-            return stored
-        return parse_kernel(read_file(path, "kernel", memory), memory)
+        if (kernel := _stored(Path(path), memory)) is not None:
+            return kernel
     except ImageError as error:
-        named = str(error).startswith(os.fspath(path))
-        raise error if named else ImageError(f"{os.fspath(path)}: {error}") from error
+        raise ImageError(f"{os.fspath(path)}: {error}") from error
+    content = read_file(path, "kernel", memory)
+    try:
+        return parse_kernel(content, memory)
+    except ImageError as error:
+        raise ImageError(f"{os.fspath(path)}: {error}") from error
 
 
 def _stored(path: Path, memory: int) -> Kernel | None:

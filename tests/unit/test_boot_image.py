@@ -127,6 +127,15 @@ def test_what_is_no_kernel_is_named(tmp_path: Path, content: bytes, words: str) 
     assert "\n" not in message
 
 
+def test_a_file_is_named_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message has a word of that name in it already."""
+    monkeypatch.chdir(tmp_path)
+    for content in (image(flags=0xB), b"\x7fELF", image()[:-1]):
+        Path("th").write_bytes(content)
+        with pytest.raises(ImageError, match=r"^th: th"):
+            load_kernel("th", MEMORY)
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for path, words in ((tmp_path / "none", "no such kernel"), (tmp_path, "folder")):
         with pytest.raises(ImageError, match=words):
