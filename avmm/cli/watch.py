@@ -201,6 +201,7 @@ class Watched:
         self._wanted = wanted
         self._peers: dict[str, Peer] = {}
         self._before: dict[str, Snapshot] = {}
+        self._silent = False
 
     def look(self) -> list[Snapshot]:
         """A snapshot of every VM that is there and wanted. One that does not answer is left out, and said so."""
@@ -210,11 +211,13 @@ class Watched:
             else:
                 self._peers[peer.id] = peer
         found = []
+        self._silent = False
         for peer in list(self._peers.values()):
             snapshot = None
             try:
                 snapshot = peer.snapshot()
             except HostError as error:
+                self._silent = True
                 print(f"avmm: {error}", file=sys.stderr)
             if snapshot is None:
                 self._peers.pop(peer.id).close()
@@ -227,6 +230,10 @@ class Watched:
         now = {snapshot["id"]: snapshot for snapshot in self.look()}
         before, self._before = self._before, now
         return [(before[name], snapshot) for name, snapshot in now.items() if name in before]
+
+    def any(self) -> bool:
+        """Whether a VM was there at the last look, be it one that did not answer."""
+        return bool(self._before) or self._silent
 
     def require(self) -> None:
         """Raise ConfigError when there is nothing to look at."""
@@ -268,7 +275,7 @@ def _intervals(watched: Watched, interval: float, once: bool) -> Iterator[list[t
             time.sleep(interval)
             seen = watched.pairs()
             yield seen
-            if once or not seen:
+            if once or not watched.any():
                 return
 
 

@@ -361,5 +361,8 @@ async def test_a_vm_whose_loop_is_stuck_is_said_to_be(runtime: Path, capsys: pyt
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(monitor, "_PATIENCE", 0.05)
             assert watched.look() == []
-        watched.close()
+            assert watched.any()  # and watched on
+    assert watched.look() == []
+    assert not watched.any()
+    watched.close()
     assert "VM 7-1 has not answered" in capsys.readouterr().err
