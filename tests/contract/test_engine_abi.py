@@ -70,6 +70,12 @@ class Guest:
         """Load eight bytes."""
         return int.from_bytes(self.region.buffer[gpa - RAM : gpa - RAM + 8], "little")
 
+    def run(self, pc: int, registers: dict[int, int]) -> None:
+        """From ``pc`` to the next HVC."""
+        for register, value in (*registers.items(), (Reg.PC, pc), (Reg.CPSR, EL1H_MASKED)):
+            self.vcpu.set_reg(register, value)
+        assert self.vcpu.run() == ExitKind.HVC
+
     def close(self) -> None:
         """vCPU, VM and RAM, in this order."""
         self.vcpu.close()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
-from avmm.hypervisor import ExitKind, Reg, open_hypervisor
-from tests.contract.test_engine_abi import EL1H_MASKED, HVC, RAM, Guest
+from tests.contract.test_engine_abi import HVC, RAM, Guest, boot
+
+__all__ = ["boot"]  # a fixture
 
 ROUNDS = 5000
 CALLER, CALLEES = RAM, (RAM + 0x1000, RAM + 0x2000)
@@ -37,16 +38,8 @@ CALLS = {
 
 
 @pytest.fixture
-def boot() -> Iterator[Callable[..., Guest]]:
-    guests: list[Guest] = []
-
-    def start(*words: int) -> Guest:
-        guests.append(Guest(open_hypervisor("softhv"), *words))
-        return guests[-1]
-
-    yield start
-    for guest in guests:
-        guest.close()
+def engine() -> str:
+    return "softhv"
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -57,23 +50,17 @@ def test_calls_and_returns_need_no_dispatcher(boot: Callable[..., Guest], name: 
     guest.poke(DROP, IC_IVAU_X1, DSB, ISB, HVC)
     vcpu = guest.vcpu
 
-    def run(pc: int, registers: dict[int, int]) -> int:
-        """How often the dispatcher was needed."""
-        before = vcpu.counters()["block_runs"]
-        for register, value in (*registers.items(), (Reg.PC, pc), (Reg.CPSR, EL1H_MASKED)):
-            vcpu.set_reg(register, value)
-        assert vcpu.run() == ExitKind.HVC
-        return vcpu.counters()["block_runs"] - before
-
     def rounds() -> int:
-        needed = run(CALLER, {0: 0, 2: CALLEES[0], 3: CALLEES[1], 20: ROUNDS})
+        """How often they needed the dispatcher."""
+        before = vcpu.counters()["block_runs"]
+        guest.run(CALLER, {0: 0, 2: CALLEES[0], 3: CALLEES[1], 20: ROUNDS})
         per_round = {"direct": 1, "two callers": 2, "by register": 1}.get(name, 1.5)
         assert vcpu.get_reg(0) == per_round * ROUNDS
-        return needed
+        return vcpu.counters()["block_runs"] - before
 
     rounds()
     assert rounds() < ROUNDS / 50
     for callee in CALLEES:
-        run(DROP, {1: callee})
+        guest.run(DROP, {1: callee})
     rounds()  # compiled once more
     assert rounds() < ROUNDS / 50

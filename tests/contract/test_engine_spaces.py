@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import pytest
 
-from avmm.hypervisor import ExitKind, Reg, sysreg
+from avmm.hypervisor import Reg, sysreg
 from avmm.memory import GRANULE, Region
-from tests.contract.test_engine_abi import EL1H_MASKED, ELR_EL1, HVC, RAM, VECTORS, Guest, boot, engine
+from tests.contract.test_engine_abi import ELR_EL1, HVC, RAM, VECTORS, Guest, boot, engine
 from tests.contract.test_engine_smp import MAIR_EL1, SCTLR_EL1, TCR_EL1
 
 __all__ = ["boot", "engine"]  # fixtures
@@ -100,15 +100,9 @@ class Spaces:
         for other in range(SPACES) if page == PAGES - 1 else [space]:
             self.describe(other, page, content)
 
-    def run(self, pc: int, registers: dict[int, int]) -> None:
-        vcpu = self.guest.vcpu
-        for register, value in (*registers.items(), (Reg.PC, pc), (Reg.CPSR, EL1H_MASKED)):
-            vcpu.set_reg(register, value)
-        assert vcpu.run() == ExitKind.HVC
-
     def tlbi(self, index: int, space: int, page: int) -> None:
         op, _ = TLBI[index]
-        self.run(RAM + 0x100 + 0x20 * index, {4: (space + 1) << 48 | page + 1})
+        self.guest.run(RAM + 0x100 + 0x20 * index, {4: (space + 1) << 48 | page + 1})
         for s in range(SPACES):
             for p in range(PAGES):
                 is_global = p == PAGES - 1
@@ -123,7 +117,7 @@ class Spaces:
         vcpu = self.guest.vcpu
         vcpu.set_sysreg(ELR_EL1, va)
         vcpu.set_sysreg(SPSR_EL1, EL0T_MASKED)
-        self.run(RAM if switch else RAM + 4, {0: va + WORD, 1: self.ttbr(space)})
+        self.guest.run(RAM if switch else RAM + 4, {0: va + WORD, 1: self.ttbr(space)})
         assert vcpu.get_reg(5) in self.may[space][page], (space, page)
         assert vcpu.get_reg(6) in self.may[space][page], (space, page)
 
@@ -169,7 +163,7 @@ def test_the_asid_is_of_the_table_that_tcr_names(spaces: Spaces, op: int) -> Non
     upper = SPACES  # a number of space whose ASID no space has
     spaces.guest.vcpu.set_sysreg(TTBR1_EL1, spaces.ttbr(upper))
     spaces.visit(0, 0)
-    spaces.run(SET_TCR, {7: TCR | A1})
+    spaces.guest.run(SET_TCR, {7: TCR | A1})
     spaces.visit(0, 0, switch=False)
     spaces.change(0, 0, 1)
     spaces.tlbi(TLBI.index((op, False)), upper, 0)
@@ -191,6 +185,6 @@ def test_what_tcr_no_longer_allows_is_a_fault(spaces: Spaces, before: int, after
     va += 0x1000 * PAGES + WORD
     loaded, fault = LOAD + 8, VECTORS + 0x200 + 4
     for tcr, ends_at in (before, loaded), (after, fault), (before, loaded):
-        spaces.run(SET_TCR, {7: tcr})
-        spaces.run(LOAD, {0: va})
+        spaces.guest.run(SET_TCR, {7: tcr})
+        spaces.guest.run(LOAD, {0: va})
         assert spaces.guest.vcpu.get_reg(Reg.PC) == ends_at, hex(tcr)

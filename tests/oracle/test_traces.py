@@ -64,6 +64,7 @@ def other(rng: random.Random, registers: int) -> int:
 
 
 def sha(rng: random.Random, values: Values) -> Case:
+    """Halves of rounds that belong together and such that do not, with calls, faults and branches among them."""
     registers = rng.choice((3, 4, 8, 16))
     words: list[int] = []
     while len(words) < 40:
@@ -134,7 +135,7 @@ def flags(rng: random.Random, values: Values) -> Case:
     return Case("flags", words, before, memory=True, vectors=False, straight=False)
 
 
-@pytest.mark.parametrize("make", [indexed, flags])
+@pytest.mark.parametrize("make", [sha, indexed, flags])
 def test_in_programs(
     comparison: Comparison, pytestconfig: pytest.Config, make: Callable[[random.Random, Values], Case]
 ) -> None:
@@ -143,17 +144,6 @@ def test_in_programs(
     comparison.reset_scratch(rng)
     count = 8 * int(pytestconfig.getoption("--oracle-cases"))
     report = comparison.run(make(rng, values) for _ in range(count))
-    assert not report.mismatches, "\n".join(map(str, report.mismatches))
-    assert report.compared == count
-
-
-def test_sha_rounds_in_programs(comparison: Comparison, pytestconfig: pytest.Config) -> None:
-    """Halves of rounds that belong together and such that do not, with calls, faults and branches among them."""
-    rng = random.Random(f"{pytestconfig.getoption('--oracle-seed')} sha")
-    values = Values(rng)
-    comparison.reset_scratch(rng)
-    count = 4 * int(pytestconfig.getoption("--oracle-cases"))
-    report = comparison.run(sha(rng, values) for _ in range(count))
     assert not report.mismatches, "\n".join(map(str, report.mismatches))
     assert report.compared == count
 
