@@ -381,8 +381,6 @@ struct vcpu {
     _Atomic bool inside; /* the guest: it reads mail soon */
     uint64_t icount;  /* instructions retired */
     const void *jit_link, *jit_far; /* see jit.h */
-    uint64_t jit_far_page; /* where jit_far is or, when that is a branch by register, goes */
-    bool jit_by_register;
     struct vm *vm;
     struct gic_cpu *gic; /* gic.c's; NULL: interrupts are the host's */
     hv_vcpu_t handle;

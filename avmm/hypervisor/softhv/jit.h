@@ -25,14 +25,11 @@ void jit_enter(struct vcpu *c, const void *code);
 
 /*
  * Code that came back for want of the block at c->pc, and could have gone on there, leaves its way out in c->jit_link
- * or, of another page or by a register (c->jit_by_register), in c->jit_far: it is pointed at `code`. Not once anything
- * of the vCPU or the VM has changed since: then all of it is cleared by jit_unlink().
+ * or, to another page or by a register, in c->jit_far: it is pointed at `code`. Not once anything of the vCPU or the VM
+ * has changed since: then both are cleared by jit_unlink().
  */
 void jit_link(struct vcpu *c, const void *code);
-static inline void jit_unlink(struct vcpu *c) {
-    c->jit_link = c->jit_far = NULL;
-    c->jit_by_register = false;
-}
+static inline void jit_unlink(struct vcpu *c) { c->jit_link = c->jit_far = NULL; }
 
 /* `block`, of guest code at `pa`, is out of date: who gets to its code comes back. */
 void jit_drop(struct vcpu *c, struct block *block, uint64_t pa);

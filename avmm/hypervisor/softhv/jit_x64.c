@@ -26,7 +26,7 @@ struct jit {
     uint32_t huge;           /* which of its huge pages has been asked for, a bit each */
     int32_t threshold;
     /* As written, not as run: point() takes distances. */
-    const uint8_t *enter, *lookup, *lookup_far, *lookup_by_register, *link, *dropped;
+    const uint8_t *enter, *lookup, *lookup_far, *link, *dropped;
     const uint8_t *call, *call_flags, *slow, *slow_flags, *pure;
 };
 
@@ -36,8 +36,8 @@ static bool sha; /* compilers cannot name that in __builtin_cpu_supports() yet *
 
 bool host_has_sha(void) { return sha; }
 
-/* Where leave_far() and leave_by_register() have what is patched, from their first instruction on. */
-enum { FAR_GEN = 2, FAR_PAGE = 25, FAR_OFFSET = 45, FAR_JUMP = 50 };
+/* Where leave_far() has what is patched, from its first instruction on. */
+enum { FAR_GEN = 2, FAR_PC = 25, FAR_OFFSET = 45, FAR_JUMP = 50 };
 #define NOT_LINKED (~UINT64_C(0))
 /* A link made in another address space is followed by looking its target up; one in so many is made anew instead. */
 enum { STALE_LINKS = 64 };
@@ -199,7 +199,7 @@ static void flags_again(struct emit *e) {
     const struct again_by *a = &e->regs.again;
     unsigned n = e->regs.host[a->n], w = a->wide;
     bool sub = a->kind == UNDO_SUB_REG;
-    if (n == NO_REG && a->kind != ADD_REG && a->kind != UNDO_ADD_REG && !sub) {
+    if (n == NO_REG && a->kind < ADD_REG) {
         load(e, 1, RAX, CPU, X_AT(a->n));
         n = RAX;
     }
@@ -285,47 +285,21 @@ static void call_stub(struct emit *e, const uint8_t *stub) {
 
 static void count(struct emit *e, const struct uop *u) { alu_mem_imm(e, SUB, CPU, AT(budget), u->off / 4 + 1); }
 
-/*
- * To another page the way out is a jump as well, good as long as it was taken from this VA, at that EL, and nothing was
- * dropped from what is known of code there: then the jump cache would still give the same answer. Both constants
- * are patched together with the jump.
- */
-static void leave_far(struct emit *e, int32_t target, uint8_t *stop[2]) {
-    uint8_t *site = e->p;
-    opcode(e, 1, 0xb8 | RCX, 0, 0, RCX);
-    word64(e, NOT_LINKED);
-    op_rm(e, 1, 0x3b, RCX, CPU, AT(link_now));
-    uint8_t *other = jcc(e, NE);
-    opcode(e, 1, 0xb8 | RCX, 0, 0, RCX);
-    word64(e, 0);
-    alu(e, 1, CMP, RCX, PAGE);
-    uint8_t *elsewhere = jcc(e, NE);
-    op_rr(e, 1, 0x81, ADD, PAGE);
-    word32(e, (uint32_t)target & ~(uint32_t)(PAGE_SIZE - 1));
-    if (jmp(e) - site != FAR_JUMP)
-        __builtin_trap();
-    here(e, other);
-    here(e, elsewhere);
-    if (stop[0])
-        here(e, stop[0]), here(e, stop[1]);
-    lea(e, 1, RAX, PAGE, target);
-    opcode(e, 1, 0x8d, RSI, 0, 0); /* LEA RSI, [RIP + ...] */
-    byte(e, RSI << 3 | 5);
-    word32(e, (uint32_t)(site - (e->p + 4)));
-    jump_to(e, e->jit->lookup_far);
+/* After count(), or a compare of the budget: the fields of jumps that are taken when the vCPU is to look up first. */
+static void look_up_first(struct emit *e, uint8_t *stop[2]) {
+    stop[0] = jcc(e, LE);
+    op_rm(e, 0, 0xf6, 0, CPU, AT(poll));
+    byte(e, POLL_NOW);
+    stop[1] = jcc(e, NE);
 }
 
 /*
- * To the address in RAX, where a branch by register goes. It is where it went when it was linked, mostly: then the same
- * holds as for leave_far(), but of the target's VA. NZCV is in FLAGS.
+ * To the VA in RAX, of another page or by a register, the way out is a jump as well, good as long as it goes to the VA
+ * it was linked to, at that EL, and nothing was dropped from what is known of code there: then the jump cache would
+ * still give the same answer. The constants are patched together with the jump.
  */
-void leave_by_register(struct emit *e, const struct uop *u) {
-    spill(e, &e->regs);
-    count(e, u);
-    uint8_t *stop = jcc(e, LE);
-    op_rm(e, 0, 0xf6, 0, CPU, AT(poll));
-    byte(e, POLL_NOW);
-    uint8_t *asked = jcc(e, NE), *site = e->p;
+static void leave_far(struct emit *e, uint8_t *stop[2]) {
+    uint8_t *site = e->p;
     opcode(e, 1, 0xb8 | RCX, 0, 0, RCX);
     word64(e, NOT_LINKED);
     op_rm(e, 1, 0x3b, RCX, CPU, AT(link_now));
@@ -334,28 +308,35 @@ void leave_by_register(struct emit *e, const struct uop *u) {
     word64(e, 0);
     alu(e, 1, CMP, RCX, RAX);
     point(jcc(e, NE), e->jit->lookup); /* it goes to several: once linked, to the first */
-    opcode(e, 1, 0x8d, PAGE, 0, RCX); /* LEA PAGE, [RCX - ...] */
+    opcode(e, 1, 0x8d, PAGE, 0, RCX);  /* LEA PAGE, [RCX - ...] */
     byte(e, 0x80 | (PAGE & 7) << 3 | RCX);
     word32(e, 0);
     if (jmp(e) - site != FAR_JUMP)
         __builtin_trap();
-    here(e, stop);
-    here(e, asked);
     here(e, other);
+    if (stop[0])
+        here(e, stop[0]), here(e, stop[1]);
     opcode(e, 1, 0x8d, RSI, 0, 0); /* LEA RSI, [RIP + ...] */
     byte(e, RSI << 3 | 5);
     word32(e, (uint32_t)(site - (e->p + 4)));
-    jump_to(e, e->jit->lookup_by_register);
+    jump_to(e, e->jit->lookup_far);
+}
+
+/* NZCV is in FLAGS. */
+void leave_by_register(struct emit *e, const struct uop *u) {
+    uint8_t *stop[2];
+    spill(e, &e->regs);
+    count(e, u);
+    look_up_first(e, stop);
+    leave_far(e, stop);
 }
 
 /* Round a loop guest registers stay where they are, as far as the header agrees; what it takes for clean is stored. */
 static void leave_to_header(struct emit *e, const struct uop *u) {
+    uint8_t *stop[2];
     need_flags(e);
     count(e, u);
-    uint8_t *stop = jcc(e, LE);
-    op_rm(e, 0, 0xf6, 0, CPU, AT(poll));
-    byte(e, POLL_NOW);
-    uint8_t *asked = jcc(e, NE);
+    look_up_first(e, stop);
     for (unsigned i = 0; i < POOL; i++) {
         unsigned h = pool[i];
         bool kept = e->back.guest[h] == e->regs.guest[h] && e->back.dirty >> h & 1;
@@ -368,8 +349,7 @@ static void leave_to_header(struct emit *e, const struct uop *u) {
             load(e, 1, h, CPU, X_AT(e->back.guest[h]));
     }
     jump_to(e, e->header);
-    here(e, stop);
-    here(e, asked);
+    here(e, stop[0]), here(e, stop[1]);
     spill(e, &e->regs);
     lea(e, 1, RAX, PAGE, e->page_offset);
     jump_to(e, e->jit->lookup);
@@ -388,18 +368,17 @@ void leave_to(struct emit *e, const struct uop *u, int32_t target) {
         e->loops = true;
         e->back = e->regs;
     }
+    bool far = target < 0 || target >= PAGE_SIZE;
     need_flags(e);
     spill(e, &e->regs);
+    if (far)
+        lea(e, 1, RAX, PAGE, target);
     count(e, u);
     uint8_t *stop[2] = {NULL, NULL};
-    if (target <= page_offset(e, u) || e->index > e->went_back) {
-        stop[0] = jcc(e, LE);
-        op_rm(e, 0, 0xf6, 0, CPU, AT(poll));
-        byte(e, POLL_NOW);
-        stop[1] = jcc(e, NE);
-    }
-    if (target < 0 || target >= PAGE_SIZE) {
-        leave_far(e, target, stop);
+    if (target <= page_offset(e, u) || e->index > e->went_back)
+        look_up_first(e, stop);
+    if (far) {
+        leave_far(e, stop);
         return;
     }
     here(e, jmp(e));
@@ -761,12 +740,10 @@ void jit_link(struct vcpu *c, const void *code) {
     } else if (c->jit_far) {
         c->stale_links = STALE_LINKS;
         uint8_t *far = jit->write + ((const uint8_t *)c->jit_far - jit->exec);
+        int32_t offset = -(int32_t)(c->pc & (PAGE_SIZE - 1));
         memcpy(far + FAR_GEN, &c->link_now, 8);
-        memcpy(far + FAR_PAGE, &c->jit_far_page, 8);
-        if (c->jit_by_register) {
-            int32_t offset = -(int32_t)(c->jit_far_page & (PAGE_SIZE - 1));
-            memcpy(far + FAR_OFFSET, &offset, 4);
-        }
+        memcpy(far + FAR_PC, &c->pc, 8);
+        memcpy(far + FAR_OFFSET, &offset, 4);
         point(far + FAR_JUMP, target);
     } else {
         return;
@@ -807,11 +784,10 @@ static void align(struct emit *e) {
 
 /* To the code at RAX, if it is known. A PC with a tag, or not aligned, never is. */
 static void emit_lookup(struct emit *e, const uint8_t *leave) {
+    uint8_t *stop[2];
     alu_mem_imm(e, CMP, CPU, AT(budget), 0);
-    point(jcc(e, LE), leave);
-    op_rm(e, 0, 0xf6, 0, CPU, AT(poll));
-    byte(e, POLL_NOW);
-    point(jcc(e, NE), leave);
+    look_up_first(e, stop);
+    point(stop[0], leave), point(stop[1], leave);
     mov(e, 0, RCX, RAX); /* jump_offset() */
     shift(e, 0, SHL, RCX, 2);
     mov(e, 1, RDX, RAX);
@@ -872,26 +848,12 @@ static void emit_stubs(struct emit *e, struct vcpu *c) {
     align(e); /* The same for leave_far(), which RSI points at, and which is linked when it is not, or no use. */
     const uint8_t *leave_far = e->p;
     store(e, 1, RSI, CPU, AT(jit_far));
-    store(e, 1, PAGE, CPU, AT(jit_far_page));
     jump_to(e, leave);
     align(e);
     jit->lookup_far = e->p;
     alu_mem_imm(e, SUB, CPU, AT(stale_links), 1);
     point(jcc(e, LE), leave_far);
     emit_lookup(e, leave_far);
-
-    align(e); /* The same for leave_by_register(). */
-    const uint8_t *leave_by_register = e->p;
-    store(e, 1, RSI, CPU, AT(jit_far));
-    store(e, 1, RAX, CPU, AT(jit_far_page));
-    op_rm(e, 0, 0xc6, 0, CPU, AT(jit_by_register));
-    byte(e, 1);
-    jump_to(e, leave);
-    align(e);
-    jit->lookup_by_register = e->p;
-    alu_mem_imm(e, SUB, CPU, AT(stale_links), 1);
-    point(jcc(e, LE), leave_by_register);
-    emit_lookup(e, leave_by_register);
 
     align(e); /* EAX: offset in the page of code that was dropped. */
     jit->dropped = e->p;

@@ -72,7 +72,8 @@ extern const struct emitter jit_x64_int[], jit_x64_mem[], jit_x64_simd[], jit_x6
 enum { FLAGS_IN_REG = 1, FLAGS_IN_MEM = 2, FLAGS_AGAIN = 4 };
 enum again {
     AGAIN_NEVER, CMP_IMM, ADD_IMM /* CMN */, UNDO_SUB_IMM, UNDO_ADD_IMM, TEST_IMM,
-    CMP_REG, ADD_REG, UNDO_SUB_REG, UNDO_ADD_REG, TEST_REG, /* from CMP_REG on: m counts */
+    CMP_REG, TEST_REG, /* from here on m counts, */
+    ADD_REG, UNDO_SUB_REG, UNDO_ADD_REG, /* and RAX takes the result */
 };
 struct again_by {
     uint8_t kind, wide, n, m; /* guest registers; UNDO_*: n holds the result */
