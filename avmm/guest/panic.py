@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-#: printk's line, with or without its time stamp and caller; nothing else on the line before it.
-_PANIC = re.compile(rb"^(?:\[ *\d+\.\d+\](?:\[[^\]]*\])? )?Kernel panic - not syncing: (.*)")
+#: What printk's lines begin with. Before a time stamp there may be a program's unfinished line, such as a shell's
+#: prompt: printk does not begin another for it.
+_BEGIN = rb"(?:^|\[ *\d+\.\d+\](?:\[[^\]]*\])? )"
+_PANIC = re.compile(_BEGIN + rb"Kernel panic - not syncing: (.*)")
 #: Printed last by a kernel that stays down (panic=0).
-_END = re.compile(rb"^(?:\[ *\d+\.\d+\](?:\[[^\]]*\])? )?---\[ end Kernel panic")
+_END = re.compile(_BEGIN + rb"---\[ end Kernel panic")
 
 #: A guest that prints no newline must not make us remember more than this many bytes.
 _LINE_MAX = 1024
@@ -36,9 +38,9 @@ class PanicWatch:
     def feed(self, data: bytes) -> None:
         """Look at more output."""
         *lines, rest = (self._line + data).split(b"\n")
-        self._line = rest[:_LINE_MAX]
+        self._line = rest[-_LINE_MAX:]
         for line in lines:
-            if found := _PANIC.match(line):
+            if found := _PANIC.search(line):
                 self.reason = self.reason or found[1].strip().decode(errors="replace")
-            elif self.reason is not None and _END.match(line):
+            elif self.reason is not None and _END.search(line):
                 self._on_dead()

@@ -105,6 +105,16 @@ async def test_a_panic_wakes_whoever_waits(debian: Fetched, timeout: str) -> Non
         assert isinstance(outcome.error, avmm.GuestPanic)
 
 
+@booted_only("it panics before anything is ready")
+async def test_a_panic_in_the_middle_of_a_line(debian: Fetched, with_init: Callable[[str], Path]) -> None:
+    initrd = with_init("printf 'half a line'; exit 3")
+    async with avmm.boot(debian.kernel, initrd, append="avmm.init=/test-init", reboot=False) as vm:
+        outcome = await vm.wait(timeout=120)
+    assert b"half a line[" in vm.console.output
+    assert outcome.reason == "panic"
+    assert "Attempted to kill init" in str(outcome.error)
+
+
 @booted_only("it never comes up")
 async def test_a_panic_whose_text_is_still_on_its_way(debian: Fetched, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that resets at once has reset before what it printed is delivered: here, nothing is until the end."""

@@ -159,7 +159,11 @@ async def test_a_wait_is_linear_in_what_is_printed() -> None:
         b"[    1.234567] Kernel panic - not syncing: VFS: no root",
         b"[    1.234567][    T1] Kernel panic - not syncing: VFS: no root",
         b"Kernel panic - not syncing: VFS: no root",
+        b"~ # \x1b[6n[    1.234567] Kernel panic - not syncing: VFS: no root",
+        b"~ # [    1.234567][    T1] Kernel panic - not syncing: VFS: no root",
+        b"." * 100_000 + b"[    1.234567] Kernel panic - not syncing: VFS: no root",
     ],
+    ids=["stamp", "stamp and caller", "neither", "after a prompt", "after a prompt, with caller", "after no newline"],
 )
 def test_panic_is_noticed(line: bytes) -> None:
     dead: list[bool] = []
@@ -168,7 +172,7 @@ def test_panic_is_noticed(line: bytes) -> None:
         watch.feed(bytes((byte,)))
     assert watch.reason == "VFS: no root"
     assert not dead
-    watch.feed(b"[    1.3] ---[ end Kernel panic - not syncing: VFS: no root ]---\r\n")
+    watch.feed(b"half a line[    1.3] ---[ end Kernel panic - not syncing: VFS: no root ]---\r\n")
     assert dead
 
 
