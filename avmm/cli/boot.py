@@ -87,6 +87,7 @@ def _allow_files() -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Boot, or say what would be booted."""
+    gc.disable()  # until session.run()
     from avmm.config import VmConfig
     from avmm.errors import ConfigError
 
@@ -126,7 +127,6 @@ def run(args: argparse.Namespace) -> int:
         except OSError as error:
             raise ConfigError(f"cannot write {args.dump_dtb}: {error.strerror}") from error
         return ExitCode.POWER_OFF
-    gc.disable()  # until session.run()
     from avmm.cli import attach
 
     _allow_files()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import platform
+import os
 import sys
 
 from avmm.errors import ConfigError
@@ -29,7 +29,7 @@ ENGINES = ("framework", "softhv", "softhv,interpreter", "softhv,turns")
 
 def available_engines() -> tuple[str, ...]:
     """The engines this machine can have, the preferred first; whether one may be used shows when it is opened."""
-    apple = sys.platform == "darwin" and platform.machine() == "arm64"
+    apple = sys.platform == "darwin" and os.uname().machine == "arm64"
     return ENGINES if apple else ENGINES[1:]
 
 

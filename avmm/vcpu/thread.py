@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
-import platform
 import signal
 import struct
 import sys
@@ -46,7 +45,7 @@ def _wake_on_time() -> None:
         return
     libc = ctypes.PyDLL(None)
     libc.prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
-    number = _SCHED_SETATTR.get(platform.machine())
+    number = _SCHED_SETATTR.get(os.uname().machine)
     if number is not None and os.sched_getscheduler(0) == os.SCHED_OTHER:  # not if the user has chosen otherwise
         nice = os.getpriority(os.PRIO_PROCESS, 0)
         # struct sched_attr: size, policy, flags, nice, priority, runtime, deadline, period
