@@ -94,7 +94,8 @@ def load_linux(
     if len(fdt) > _BLOCK:
         raise ImageError(f"the device tree takes {_mib(len(fdt))} MiB; a kernel reads 2 MiB")
     if isinstance(kernel.image, StoredImage):
-        kernel.image.read_into(memory.view(layout.kernel, len(kernel.image)))
+        with memory.view(layout.kernel, len(kernel.image)) as view:  # or an error's traceback would keep RAM mapped
+            kernel.image.read_into(view)
         memory.wrote(layout.kernel, len(kernel.image))
     else:
         memory.write(layout.kernel, kernel.image)

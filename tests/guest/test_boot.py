@@ -69,6 +69,11 @@ async def test_reset_reboots_with_memory_loaded_afresh(debian: Fetched) -> None:
         assert vm.outcome is None
 
 
+def mappings() -> str:
+    """What this process has mapped."""
+    return Path("/proc/self/maps").read_text()
+
+
 @booted_only("a restored VM knows its kernel by name")
 async def test_reset_reads_the_kernel_that_was_booted(debian: Fetched, tmp_path: Path) -> None:
     kernel = tmp_path / "vmlinuz"
@@ -85,6 +90,7 @@ async def test_reset_reads_the_kernel_that_was_booted(debian: Fetched, tmp_path:
         outcome = await vm.wait(timeout=120)
     assert outcome.reason == "fault"
     assert "written to since the VM was started" in str(outcome.error)
+    assert "memfd:avmm-ram" not in mappings()  # though the error has its traceback
 
 
 async def test_reset_ends_a_vm_that_does_not_reboot(debian: Fetched) -> None:
