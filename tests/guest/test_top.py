@@ -29,12 +29,13 @@ async def test_it_says_which_path(debian: Fetched, tmp_path: Path, monkeypatch: 
         out, _ = await asyncio.wait_for(process.communicate(), 60)
         return [vcpu["path"] for vcpu in json.loads(out)["vcpus"]]
 
-    async with avmm.boot(debian.kernel, debian.initrd, cpus=2, monitor=True) as vm:
-        await vm.console.expect(READY, timeout=120)
-        await vm.console.expect(rb"# ", timeout=30)
-        vm.console.write(b"sleep 2; echo set''tled\n")
-        await vm.console.expect(rb"settled", timeout=60)
-        assert all(path.startswith("idle: ") for path in await paths())
+    async with avmm.boot(debian.kernel, debian.initrd, cpus=2, monitor=True) as vm, asyncio.timeout(240):
+        await vm.console.expect(READY)
+        await vm.console.expect(rb"# ")
+        # A vCPU that waits for a processor of a busy host is not parked: the next look may find it so.
+        while not all(path.startswith("idle: ") for path in await paths()):
+            pass
         vm.console.write(b"while :; do :; done & echo lo''oping\n")
-        await vm.console.expect(rb"looping", timeout=30)
-        assert "busy in the guest" in await paths()
+        await vm.console.expect(rb"looping")
+        while "busy in the guest" not in await paths():
+            pass
