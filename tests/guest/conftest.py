@@ -141,7 +141,7 @@ def life(
     monkeypatch.setattr(avmm, "boot", restored)
 
 
-def _held() -> dict[str, set[str]]:
+def held() -> dict[str, set[str]]:
     """What a process holds that a VM must give back: threads, file descriptors, mappings as large as guest RAM."""
     mappings = set()
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -162,13 +162,13 @@ def _open_files() -> list[str]:
 @pytest.fixture(autouse=True)
 async def nothing_left() -> AsyncIterator[None]:
     """After each test: no thread, file descriptor, mapping or task more than before."""
-    before = _held()
+    before = held()
     files = len(_open_files())
     yield
     # What a thread of the executor raised it holds for a moment longer than whoever awaited it.
     await asyncio.get_running_loop().shutdown_default_executor()
     gc.collect()
-    left = {what: now - before[what] for what, now in _held().items()}
+    left = {what: now - before[what] for what, now in held().items()}
     assert not left["threads"], left
     assert not left["mappings"], left
     assert len(_open_files()) <= files, left

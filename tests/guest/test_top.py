@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,20 +23,22 @@ async def test_it_says_which_path(debian: Fetched, tmp_path: Path, monkeypatch: 
     """Idle Linux parks, woken by its timer; a busy shell is busy in the guest."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
 
-    async def paths() -> list[str]:
+    async def look() -> list[dict[str, Any]]:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "avmm.cli", "top", "--json", "--once", "--interval", "3", stdout=subprocess.PIPE
         )
         out, _ = await asyncio.wait_for(process.communicate(), 60)
-        return [vcpu["path"] for vcpu in json.loads(out)["vcpus"]]
+        vcpus: list[dict[str, Any]] = json.loads(out)["vcpus"]
+        return vcpus
 
-    async with avmm.boot(debian.kernel, debian.initrd, cpus=2, monitor=True) as vm, asyncio.timeout(240):
-        await vm.console.expect(READY)
-        await vm.console.expect(rb"# ")
-        # A vCPU that waits for a processor of a busy host is not parked: the next look may find it so.
-        while not all(path.startswith("idle: ") for path in await paths()):
-            pass
+    async with avmm.boot(debian.kernel, debian.initrd, cpus=2, monitor=True) as vm:
+        await vm.console.expect(READY, timeout=120)
+        await vm.console.expect(rb"# ", timeout=30)
+        vm.console.write(b"sleep 2; echo set''tled\n")
+        await vm.console.expect(rb"settled", timeout=60)
+        vcpus = await look()
+        assert all(vcpu["path"].startswith("idle: ") for vcpu in vcpus), vcpus
         vm.console.write(b"while :; do :; done & echo lo''oping\n")
-        await vm.console.expect(rb"looping")
-        while "busy in the guest" not in await paths():
-            pass
+        await vm.console.expect(rb"looping", timeout=30)
+        vcpus = await look()
+        assert "busy in the guest" in [vcpu["path"] for vcpu in vcpus], vcpus
