@@ -232,6 +232,10 @@ SECOND = 10**9
             snapshot(SECOND, mode="parked", parked=SECOND - 9, exit_wfi=90, parks=90, wake_timer=90),
             "idle: parks, woken by timer",
         ),
+        (  # of an idle Linux, and for a moment only
+            snapshot(SECOND, parked=SECOND - 9, exit_wfi=28, parks=12, wake_timer=12, not_parked_soon=15),
+            "idle: parks, woken by timer",
+        ),
         (snapshot(SECOND, cpu=SECOND, exit_wfi=90000, not_parked_pending=90000), "WFI without sleep: pending"),
         (snapshot(SECOND, cpu=SECOND, exit_wfi=9, not_parked_expired=9), "WFI without sleep: expired"),
         (snapshot(SECOND, cpu=SECOND), "busy in the guest"),
