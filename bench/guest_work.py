@@ -132,7 +132,7 @@ def main() -> None:
     print(f"{'':18s}{'avmm':>9s}{'QEMU TCG':>10s}{'ratio':>8s}")
     for name in ["boot", *args.only]:
         ours, theirs = (statistics.median(one[name] for one in runs[machine]) for machine in (AVMM.name, QEMU.name))
-        print(f"{name:18s}{ours:9.2f}{theirs:10.2f}{ours / theirs:8.2f}")
+        print(f"{name:18s}{ours:9.3f}{theirs:10.3f}{ours / theirs:8.2f}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 from unittest import mock
 
 import uvloop
-from side_by_side import headline, require_qemu
+from side_by_side import cpu_seconds, headline, require_qemu
 from wakeups import IMAGE, connect, post_from_thread
 
 import avmm
@@ -178,12 +178,6 @@ def ours(policy: str, cpus: int, faults: str | None, seconds: float) -> dict:
            "hop": attempt(pingpong(policy, cpus, faults))}  # fmt: skip
     row["device"] = attempt(device(policy, cpus, faults, 300))
     return row
-
-
-def cpu_seconds(pid: int) -> float:
-    """CPU time of all threads, finer than the clock ticks of /proc/PID/stat."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
 def qemu(cpus: int, seconds: float) -> dict:
