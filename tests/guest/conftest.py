@@ -20,6 +20,7 @@ import avmm
 from avmm.bootloader import cpio
 from avmm.debian import Fetched, fetch_debian
 from avmm.errors import FetchError
+from avmm.guest.transcript import PrintkFilter
 from avmm.snapshot.store import load
 from avmm.vm import Booting
 
@@ -49,6 +50,12 @@ def fetch_or_skip(flavour: str, release: str = "bookworm") -> Fetched:
         if os.environ.get("CI"):
             raise
         pytest.skip(f"no guest to boot: {error}")
+
+
+def without_printk(output: bytes) -> str:
+    """What a program has printed, without what the kernel said meanwhile, such as that the host is busy."""
+    kernel = PrintkFilter()
+    return (kernel.feed(output) + kernel.end()).decode(errors="replace").replace("\r", "")
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ import avmm
 from avmm.debian import Fetched
 from tests.conftest import AVMM_BOOT
 from tests.guest import rootfs
-from tests.guest.conftest import READY, booted_only
+from tests.guest.conftest import READY, booted_only, without_printk
 
 pytestmark = pytest.mark.guest
 
@@ -41,7 +41,7 @@ async def shell(vm: avmm.VirtualMachine, command: str, timeout: float = 40) -> t
     # Split, so that the echo of what is typed is not taken for the answer.
     vm.console.write(f"echo '<'begin'>'; {command}; echo '<'$?'>'\n".encode())
     found = await vm.console.expect(rb"<begin>\r\n(?s:(.*?))<(\d+)>\r", timeout=timeout)
-    return int(found[2]), found[1].decode(errors="replace").replace("\r", "")
+    return int(found[2]), without_printk(found[1])
 
 
 def sparse(path: Path, size: int) -> Path:

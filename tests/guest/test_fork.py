@@ -11,8 +11,7 @@ import pytest
 
 import avmm
 from avmm.debian import Fetched
-from avmm.guest.transcript import PrintkFilter
-from tests.guest.conftest import READY, booted_only, fetch_or_skip
+from tests.guest.conftest import READY, booted_only, fetch_or_skip, without_printk
 
 pytestmark = pytest.mark.guest
 
@@ -21,8 +20,7 @@ async def answer(vm: avmm.VirtualMachine, command: str, timeout: float = 60) -> 
     """What the guest's shell prints for ``command``."""
     vm.console.write(f"echo '<'begin'>'; {command}; echo '<'end'>'\n".encode())
     found = await vm.console.expect(rb"<begin>\r\n(?s:(.*?))<end>\r", timeout=timeout)
-    kernel = PrintkFilter()  # which may say that the host is busy
-    return (kernel.feed(found[1]) + kernel.end()).decode().replace("\r", "")
+    return without_printk(found[1])
 
 
 async def prompt(vm: avmm.VirtualMachine) -> None:
