@@ -64,15 +64,18 @@ def microseconds(output: bytes) -> dict[str, float]:
     us = 1e6 / told["cntfrq"]
     if "shoot_down_ticks" in told:
         return {"TLB shoot-down": told["shoot_down_ticks"] * us}
-    return {"IPI, one hop": told["ring_ticks"] / told["ring_trips"] / 2 * us}
+    return {HOP: told["ring_ticks"] / told["ring_trips"] / 2 * us}
 
 
+HOP = "IPI, one hop"
 FIRMWARE = {"litmus": "ms=200", "ipi_pingpong": "n=2000"}
 
 
-async def firmware_here(name: str, engine: str) -> bytes:
+async def firmware_here(name: str, engine: str, irqchip: str = "avmm") -> bytes:
     image = IMAGES / f"{name}.bin"
-    async with avmm.boot(image, memory="128M", cpus=2, engine=engine, cmdline=FIRMWARE[name], reboot=False) as vm:
+    async with avmm.boot(
+        image, memory="128M", cpus=2, engine=engine, irqchip=irqchip, cmdline=FIRMWARE[name], reboot=False
+    ) as vm:
         await vm.wait()
         return vm.console.output
 
@@ -114,6 +117,9 @@ def main() -> None:
             for name in FIRMWARE:
                 one |= microseconds(asyncio.run(firmware_here(name, args.engine)))
                 other |= microseconds(firmware_there(name))
+            inside = microseconds(asyncio.run(firmware_here("ipi_pingpong", args.engine, "hypervisor")))
+            one |= {"IPI, engine's GIC": inside[HOP]}
+            other |= {"IPI, engine's GIC": other[HOP]}
             ours.append(one)
             theirs.append(other)
     finally:
