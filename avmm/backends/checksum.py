@@ -14,5 +14,10 @@ def ones_sum(data: bytes | bytearray | memoryview) -> int:
 
 
 def checksum(total: int) -> int:
-    """The checksum for the sum of all words, its own field as zero. Never 0, which UDP reads as "none" (RFC 768)."""
-    return 0xFFFF - total % 0xFFFF
+    """The checksum for the sum of all words, its own field as zero. Never 0xFFFF, which is 0 too (RFC 1624, 3)."""
+    return -total % 0xFFFF
+
+
+def udp_checksum(total: int) -> int:
+    """The same for UDP: never 0, which says that there is none (RFC 768)."""
+    return checksum(total) or 0xFFFF

@@ -23,6 +23,7 @@ from avmm.backends.offload import finished
 from avmm.backends.pcap import Pcap
 from avmm.backends.stream import FRAME_MAX, Deframer, Stream, connect_or_listen
 from avmm.backends.switch import Switch
+from avmm.backends.usernet.packet import IP_AT, L4_AT, build_udp, put_ipv4
 from avmm.config import NetConfig, PublishConfig, VmConfig, net_configs
 from avmm.errors import ConfigError, HostError
 from avmm.link import End, Frame, join, part
@@ -58,6 +59,7 @@ def tcp(version: int, payload: bytes, gso_size: int = 0, vlan: bool = False, sen
 def fields(path: Path, *names: str) -> list[list[str]]:
     """What tshark makes of a recording, checksums checked."""
     argv = ["tshark", "-r", str(path), "-T", "fields", "-o", "tcp.check_checksum:TRUE", "-o", "ip.check_checksum:TRUE",
+            "-o", "udp.check_checksum:TRUE",
             "-o", "tcp.relative_sequence_numbers:FALSE", "-o", "tcp.analyze_sequence_numbers:FALSE"]  # fmt: skip
     for name in names:
         argv += ["-e", name]
@@ -98,6 +100,39 @@ def test_segments_are_what_tshark_expects(version: int, vlan: bool, size: int, t
         assert (fin, push) == (("1", "1") if last else ("0", "0"))
         assert cwr == ("1" if number == 0 else "0")
         assert identity == (f"0x{0xFFFF + number & 0xFFFF:04x}" if version == 4 else "")
+
+
+@needs_tshark
+def test_a_checksum_of_nothing(tmp_path: Path) -> None:
+    """Where all words add up to 0xFFFF the checksum is 0 (RFC 1624, 3), but UDP's is 0xFFFF (RFC 768)."""
+    macs = (B, A)
+    pcap = Pcap(tmp_path / "cap")
+    for size in (0, 1000):  # whole, and cut into segments: the first is to be like that
+        frame = tcp(4, bytes(1000) + b"more", size)
+        first = bytes(finished(frame)[0].data)
+        (left,) = struct.unpack_from(">H", first, frame.csum_start + 16)
+        data = bytearray(frame.data)
+        struct.pack_into(">H", data, frame.header_size, left)
+        for each in finished(Frame(data, frame.csum_start, 16, size)):
+            pcap.record(each)
+    for ident in range(1 << 16):
+        header = bytearray(L4_AT)
+        put_ipv4(header, macs, bytes(4), bytes(4), 17, ident=ident)
+        if bytes(header[IP_AT + 10 : IP_AT + 12]) in (b"\0\0", b"\xff\xff"):
+            pcap.record(Frame(bytes(header)))
+    datagram = build_udp(macs, (bytes(4), 1000), (bytes(4), 2000), bytes(2))
+    (left,) = struct.unpack_from(">H", finished(Frame(datagram, L4_AT, 6))[0].data, L4_AT + 6)
+    datagram[-2:] = left.to_bytes(2, "big")
+    pcap.record(Frame(datagram, L4_AT, 6))
+    pcap.close()
+    whole, cut, rest, header_alone, udp = fields(
+        tmp_path / "cap", "tcp.checksum.status", "tcp.checksum", "ip.checksum.status", "ip.checksum",
+        "udp.checksum.status", "udp.checksum",
+    )  # fmt: skip
+    assert whole[:2] == cut[:2] == ["1", "0x0000"]
+    assert rest[0] == "1"
+    assert header_alone[2:4] == ["1", "0x0000"]
+    assert udp[4:] == ["1", "0xffff"]
 
 
 @given(

@@ -98,7 +98,7 @@ class TcpHeader:
         partial = (self._tcp + length - IPV4.size) % 0xFFFF
         _TCP_HEADERS.pack_into(
             buffer, 0, *self.macs, TYPE_IPV4, 0x45, 0, length, 0, DONT_FRAGMENT, _TTL, PROTO_TCP,
-            0xFFFF - (self._ip + length) % 0xFFFF, source, destination, *self._ports, sequence, acknowledgement,
+            checksum(self._ip + length), source, destination, *self._ports, sequence, acknowledgement,
             0x50 + (len(options) << 2), flags, window, partial, 0,
         )  # fmt: skip
         if options:

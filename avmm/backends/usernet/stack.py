@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Final, Protocol, TypeAlias
 
-from avmm.backends.checksum import checksum, ones_sum
+from avmm.backends.checksum import checksum, ones_sum, udp_checksum
 from avmm.backends.usernet import dhcp, dns
 from avmm.backends.usernet.fragments import Fragments, cut
 from avmm.backends.usernet.packet import (
@@ -230,7 +230,7 @@ class Stack:
             self._emit(frame, 6)
             return
         # The sum so far is of the pseudo-header, in the checksum's place, as part of what is to be summed.
-        frame[L4_AT + 6 : L4_AT + 8] = checksum(ones_sum(memoryview(frame)[L4_AT:])).to_bytes(2, "big")
+        frame[L4_AT + 6 : L4_AT + 8] = udp_checksum(ones_sum(memoryview(frame)[L4_AT:])).to_bytes(2, "big")
         for piece in cut(frame, macs, PROTO_UDP, next(self._idents) & 0xFFFF, _MTU):
             self._emit(piece, None)
 
