@@ -149,9 +149,11 @@ class Terminal:
             stderr=subprocess.PIPE,
             process_group=0,
         )
+        self._more = b""
 
-    def read_until(self, wanted: bytes) -> bytes:
-        return _read_until(self.master, wanted)
+    def read_until(self, wanted: bytes) -> None:
+        """What comes after it is the next one's."""
+        self._more = _read_until(self.master, wanted, self._more).partition(wanted)[2]
 
     def type(self, data: bytes) -> None:
         os.write(self.master, data)
@@ -171,8 +173,7 @@ class Terminal:
         os.close(self.slave)
 
 
-def _read_until(fd: int, wanted: bytes) -> bytes:
-    seen = b""
+def _read_until(fd: int, wanted: bytes, seen: bytes = b"") -> bytes:
     deadline = time.monotonic() + TIMEOUT
     while wanted not in seen:
         assert select.select([fd], [], [], deadline - time.monotonic())[0], seen[-2000:]
