@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+#: Where in their headers TCP and UDP have it.
+TCP_SUM_AT: Final = 16
+UDP_SUM_AT: Final = 6
+
 
 def ones_sum(data: bytes | bytearray | memoryview) -> int:
     """The one's complement sum of big-endian 16-bit words, odd lengths padded, not yet inverted; 0 for one of 0xFFFF.

@@ -8,14 +8,11 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-from avmm.backends.checksum import checksum, ones_sum, udp_checksum
+from avmm.backends.checksum import TCP_SUM_AT, UDP_SUM_AT, checksum, ones_sum, udp_checksum
 from avmm.link import Frame
 
 _IPV4, _IPV6, _VLAN = b"\x08\x00", b"\x86\xdd", b"\x81\x00"
 _TCP: Final = 6
-#: Where in their headers the checksums are.
-_TCP_SUM: Final = 16
-_UDP_SUM: Final = 6
 _FIN_PSH, _CWR = 0x09, 0x80
 #: No sender has smaller segments than this (Linux's TCP_MIN_GSO_SIZE): a guest gets no thousands of frames for one.
 _SEGMENT_MIN: Final = 8
@@ -28,7 +25,7 @@ def summed(frame: Frame) -> bytes | bytearray | memoryview:
         return frame.data
     data = bytearray(frame.data)
     if start + frame.csum_offset + 2 <= len(data):
-        complete = udp_checksum if frame.csum_offset == _UDP_SUM else checksum
+        complete = udp_checksum if frame.csum_offset == UDP_SUM_AT else checksum
         struct.pack_into(">H", data, start + frame.csum_offset, complete(ones_sum(memoryview(data)[start:])))
     return data
 
@@ -47,7 +44,7 @@ def _segments(frame: Frame) -> list[bytearray]:
     tcp, size = frame.csum_start, frame.gso_size
     ip = 18 if data[12:14] == _VLAN else 14
     kind = bytes(data[ip - 2 : ip])
-    if tcp + 20 > len(data) or size < _SEGMENT_MIN or frame.csum_offset != _TCP_SUM:
+    if tcp + 20 > len(data) or size < _SEGMENT_MIN or frame.csum_offset != TCP_SUM_AT:
         return []
     first = tcp + (data[tcp + 12] >> 4) * 4  # of the payload
     if first < tcp + 20 or first > len(data) or tcp < ip + (20 if kind == _IPV4 else 40) or kind not in (_IPV4, _IPV6):
@@ -58,7 +55,7 @@ def _segments(frame: Frame) -> list[bytearray]:
     (identity,) = struct.unpack_from(">H", head, ip + 4)
     flags = head[tcp + 13]
     pseudo = ones_sum(addresses) + _TCP
-    struct.pack_into(">H", head, tcp + _TCP_SUM, 0)
+    struct.pack_into(">H", head, tcp + TCP_SUM_AT, 0)
     if kind == _IPV4:
         struct.pack_into(">H", head, ip + 10, 0)
     pieces = []
@@ -76,6 +73,6 @@ def _segments(frame: Frame) -> list[bytearray]:
         else:
             struct.pack_into(">H", segment, ip + 4, len(segment) - ip - 40)
         total = pseudo + length + ones_sum(memoryview(segment)[tcp:])
-        struct.pack_into(">H", segment, tcp + _TCP_SUM, checksum(total))
+        struct.pack_into(">H", segment, tcp + TCP_SUM_AT, checksum(total))
         pieces.append(segment)
     return pieces

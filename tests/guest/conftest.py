@@ -52,10 +52,13 @@ def fetch_or_skip(flavour: str, release: str = "bookworm") -> Fetched:
         pytest.skip(f"no guest to boot: {error}")
 
 
-def without_printk(output: bytes) -> str:
-    """What a program has printed, without what the kernel said meanwhile, such as that the host is busy."""
-    kernel = PrintkFilter()
-    return (kernel.feed(output) + kernel.end()).decode(errors="replace").replace("\r", "")
+async def shell(vm: avmm.VirtualMachine, command: str, timeout: float = 40) -> tuple[int, str]:
+    """Run ``command`` in the guest's shell: its exit code and what it printed."""
+    # Split, so that the echo of what is typed is not taken for the answer.
+    vm.console.write(f"echo '<'begin'>'; {command}; echo '<'$?'>'\n".encode())
+    found = await vm.console.expect(rb"<begin>\r\n(?s:(.*?))<(\d+)>\r", timeout=timeout)
+    kernel = PrintkFilter()  # which may say that the host is busy
+    return int(found[2]), (kernel.feed(found[1]) + kernel.end()).decode(errors="replace").replace("\r", "")
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,7 @@ import pytest
 
 import avmm
 from avmm.debian import Fetched
-from tests.guest.conftest import READY, booted_only
-from tests.guest.test_drives import shell
+from tests.guest.conftest import READY, booted_only, shell
 
 pytestmark = pytest.mark.guest
 

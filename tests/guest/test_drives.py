@@ -21,7 +21,7 @@ import avmm
 from avmm.debian import Fetched
 from tests.conftest import AVMM_BOOT
 from tests.guest import rootfs
-from tests.guest.conftest import READY, booted_only, without_printk
+from tests.guest.conftest import READY, booted_only, shell
 
 pytestmark = pytest.mark.guest
 
@@ -34,14 +34,6 @@ def run(*argv: object) -> str:
     done = subprocess.run([str(arg) for arg in argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
     return done.stdout
-
-
-async def shell(vm: avmm.VirtualMachine, command: str, timeout: float = 40) -> tuple[int, str]:
-    """Run ``command`` in the guest's shell: its exit code and what it printed."""
-    # Split, so that the echo of what is typed is not taken for the answer.
-    vm.console.write(f"echo '<'begin'>'; {command}; echo '<'$?'>'\n".encode())
-    found = await vm.console.expect(rb"<begin>\r\n(?s:(.*?))<(\d+)>\r", timeout=timeout)
-    return int(found[2]), without_printk(found[1])
 
 
 def sparse(path: Path, size: int) -> Path:

@@ -11,16 +11,14 @@ import pytest
 
 import avmm
 from avmm.debian import Fetched
-from tests.guest.conftest import READY, booted_only, fetch_or_skip, without_printk
+from tests.guest.conftest import READY, booted_only, fetch_or_skip, shell
 
 pytestmark = pytest.mark.guest
 
 
 async def answer(vm: avmm.VirtualMachine, command: str, timeout: float = 60) -> str:
     """What the guest's shell prints for ``command``."""
-    vm.console.write(f"echo '<'begin'>'; {command}; echo '<'end'>'\n".encode())
-    found = await vm.console.expect(rb"<begin>\r\n(?s:(.*?))<end>\r", timeout=timeout)
-    return without_printk(found[1])
+    return (await shell(vm, command, timeout))[1]
 
 
 async def prompt(vm: avmm.VirtualMachine) -> None:

@@ -22,9 +22,9 @@ import pytest
 
 import avmm
 from avmm.debian import Fetched
-from tests.guest.conftest import READY, booted_only, long_restored
+from tests.guest.conftest import READY, booted_only, long_restored, shell
 from tests.guest.rootfs import booted, rootfs
-from tests.guest.test_drives import run, shell
+from tests.guest.test_drives import run
 
 pytestmark = pytest.mark.guest
 

@@ -15,9 +15,8 @@ import pytest
 
 import avmm
 from avmm.debian import Fetched
-from tests.guest.conftest import READY
+from tests.guest.conftest import READY, shell
 from tests.guest.rootfs import booted, rootfs
-from tests.guest.test_drives import shell
 
 pytestmark = pytest.mark.guest
 

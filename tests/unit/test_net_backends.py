@@ -115,11 +115,11 @@ def test_a_checksum_of_nothing(tmp_path: Path) -> None:
         struct.pack_into(">H", data, frame.header_size, left)
         for each in finished(Frame(data, frame.csum_start, 16, size)):
             pcap.record(each)
-    for ident in range(1 << 16):
-        header = bytearray(L4_AT)
-        put_ipv4(header, macs, bytes(4), bytes(4), 17, ident=ident)
-        if bytes(header[IP_AT + 10 : IP_AT + 12]) in (b"\0\0", b"\xff\xff"):
-            pcap.record(Frame(bytes(header)))
+    header = bytearray(L4_AT)
+    put_ipv4(header, macs, bytes(4), bytes(4), 17)
+    (left,) = struct.unpack_from(">H", header, IP_AT + 10)
+    put_ipv4(header, macs, bytes(4), bytes(4), 17, ident=left)
+    pcap.record(Frame(header))
     datagram = build_udp(macs, (bytes(4), 1000), (bytes(4), 2000), bytes(2))
     (left,) = struct.unpack_from(">H", finished(Frame(datagram, L4_AT, 6))[0].data, L4_AT + 6)
     datagram[-2:] = left.to_bytes(2, "big")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from avmm.backends.usernet.packet import IP_AT, IPV4, L4_AT, MORE_FRAGMENTS, put_ipv4
+from avmm.backends.usernet.packet import IP_AT, IPV4, L4_AT, MORE_FRAGMENTS, Octets, put_ipv4
 
 _SECONDS: Final = 15.0
 #: Datagrams being put together, and pieces of one.
@@ -53,7 +53,7 @@ class Fragments:
         return pieces.data
 
 
-def cut(frame: bytearray, macs: tuple[bytes, bytes], protocol: int, ident: int, mtu: int) -> list[bytearray]:
+def cut(frame: Octets, macs: tuple[bytes, bytes], protocol: int, ident: int, mtu: int) -> list[bytearray]:
     """The frames that carry the packet in ``frame`` (no IPv4 options, all sums made) in pieces of ``mtu`` bytes."""
     payload = memoryview(frame)[L4_AT:]
     source, destination = bytes(frame[IP_AT + 12 : IP_AT + 16]), bytes(frame[IP_AT + 16 : IP_AT + 20])

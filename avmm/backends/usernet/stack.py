@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Final, Protocol, TypeAlias
 
-from avmm.backends.checksum import checksum, ones_sum, udp_checksum
+from avmm.backends.checksum import TCP_SUM_AT, UDP_SUM_AT, checksum, ones_sum
+from avmm.backends.offload import summed
 from avmm.backends.usernet import dhcp, dns
 from avmm.backends.usernet.fragments import Fragments, cut
 from avmm.backends.usernet.packet import (
@@ -164,7 +165,7 @@ class Stack:
                 for sequence in (0, 1 << 31):  # a window, 1 GiB at most, holds one of them only
                     buffer = bytearray(TCP_DATA_AT)
                     header.put(buffer, sequence, 0, ACK, 0)
-                    self._emit(buffer, 16)
+                    self._emit(buffer, TCP_SUM_AT)
 
     # Time.
 
@@ -227,11 +228,9 @@ class Stack:
         macs = (mac, self.plan.mac)
         frame = build_udp(macs, source, destination, payload)
         if len(frame) - IP_AT <= _MTU:
-            self._emit(frame, 6)
+            self._emit(frame, UDP_SUM_AT)
             return
-        # The sum so far is of the pseudo-header, in the checksum's place, as part of what is to be summed.
-        frame[L4_AT + 6 : L4_AT + 8] = udp_checksum(ones_sum(memoryview(frame)[L4_AT:])).to_bytes(2, "big")
-        for piece in cut(frame, macs, PROTO_UDP, next(self._idents) & 0xFFFF, _MTU):
+        for piece in cut(summed(Frame(frame, L4_AT, UDP_SUM_AT)), macs, PROTO_UDP, next(self._idents) & 0xFFFF, _MTU):
             self._emit(piece, None)
 
     # What guests send.
@@ -387,7 +386,7 @@ class Stack:
             # To the broadcast address: the client need not be able to take anything else yet (RFC 2131, 4.1).
             source = (self.plan.gateway, dhcp.SERVER_PORT)
             frame = build_udp((mac, self.plan.mac), source, (b"\xff" * 4, dhcp.CLIENT_PORT), answer[0])
-            self._emit(frame, 6)
+            self._emit(frame, UDP_SUM_AT)
 
     def _tcp(self, source: bytes, destination: bytes, data: memoryview, partial: bool, now: float) -> bool:
         if len(data) < TCP.size:
@@ -436,7 +435,7 @@ class Stack:
         else:
             length += (flags & 1) + (flags >> 1 & 1)
             header.put(buffer, 0, sequence + length & 0xFFFFFFFF, RST | ACK, 0)
-        self._emit(buffer, 16)
+        self._emit(buffer, TCP_SUM_AT)
 
     # What connections need (avmm.backends.usernet.tcp.Wire).
 
@@ -449,7 +448,7 @@ class Stack:
                 return
             connection.header.macs = (mac, self.plan.mac)
             buffer[:6] = mac
-        self._emit(buffer, 16, connection.mss if payload > connection.mss else 0)
+        self._emit(buffer, TCP_SUM_AT, connection.mss if payload > connection.mss else 0)
 
     def acknowledge(self, connection: Connection) -> None:
         """An acknowledgement is due at the next :meth:`flush`."""
