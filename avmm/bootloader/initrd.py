@@ -32,13 +32,13 @@ INIT = """\
 # The first process: it never returns, because the kernel panics when it does.
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
 /bin/busybox --install -s
-mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev 2>/dev/null
 mkdir -p /dev/pts /dev/shm
 mount -t devpts devpts /dev/pts
 mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /run
+mount -t proc proc /proc # the last: the agent takes it for a sign that the rest is there
 
 modprobe -a $(cat /etc/modules) 2>/dev/null
 aliases=$(cat /sys/bus/virtio/devices/*/modalias 2>/dev/null)

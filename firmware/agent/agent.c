@@ -697,6 +697,22 @@ static int open_port(void)
     return found < 0 ? -1 : found;
 }
 
+/* Until process 1 has a /proc, which an init mounts early, and avmm's own when all else is in place: a kernel with its drivers
+ * built in has our port before there is a program to run. An init may do without: after a second we go on. */
+static void wait_for_init(void)
+{
+    for (int looks = 0; looks < 100; looks++) {
+        long seen = sys(openat, proc_fs, "1/root/proc/1", O_PATH | O_CLOEXEC);
+        if (seen < 0)
+            seen = sys(openat, AT_FDCWD, "/proc/1", O_PATH | O_CLOEXEC);
+        if (seen >= 0) {
+            sys(close, seen);
+            return;
+        }
+        rest(10);
+    }
+}
+
 /* Until the driver has brought up our port. Without netlink we have to look again and again. */
 static void wait_for_port(void)
 {
@@ -727,6 +743,7 @@ static void agent(void)
     write_file(proc_fs, "self/oom_score_adj", "-900", 4);
     uint64_t child = 1ull << (SIGCHLD - 1);
     signals = (int)sys(signalfd4, -1, &child, sizeof(child), O_NONBLOCK | O_CLOEXEC);
+    wait_for_init();
     for (;;) {
         wait_for_port();
         serve();

@@ -49,6 +49,29 @@ async def test_commands(debian: Fetched) -> None:
         await vm.check("sh", "-c", "while ps | grep 'sleep 123[4]'; do sleep 0.01; done", timeout=20)
 
 
+#: Loads what the agent's port needs by hand, as one built into a kernel is there; programs and /proc follow later.
+LATE = """\
+/bin/busybox mkdir -p /proc /sys /dev
+for pass in 1 2 3; do
+    /bin/busybox find /lib/modules -name 'virtio*.ko*' -exec /bin/busybox insmod {} ';'
+done 2>/dev/null
+/bin/busybox sleep 0.5
+/bin/busybox --install -s
+[ "$1" = without ] || mount -t proc proc /proc
+exec sleep 1000
+"""
+
+
+@pytest.mark.parametrize("proc", ["with", "without"])
+@booted_only("it is about a boot")
+async def test_the_agent_waits_for_an_init_to_be_under_way(
+    debian: Fetched, with_init: Callable[[str], Path], proc: str
+) -> None:
+    async with avmm.boot(debian.kernel, with_init(LATE.replace("$1", proc)), append="rdinit=/test-init") as vm:
+        assert (await vm.check("uname", "-m", timeout=120)).stdout == b"aarch64\n"
+        assert (await vm.run("test", "-e", "/proc/1")).ok == (proc == "with")
+
+
 async def test_streams_terminals_and_signals(debian: Fetched) -> None:
     async with avmm.boot(debian.kernel, debian.initrd) as vm, asyncio.timeout(120):
         async with await vm.popen("cat") as cat:
