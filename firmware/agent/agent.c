@@ -698,10 +698,10 @@ static int open_port(void)
 }
 
 /* Until process 1 has a /proc, which an init mounts early, and avmm's own when all else is in place: a kernel with its drivers
- * built in has our port before there is a program to run. An init may do without: after a second we go on. */
+ * built in has our port before there is a program to run. An init may do without: after ten seconds we go on. */
 static void wait_for_init(void)
 {
-    for (int looks = 0; looks < 100; looks++) {
+    for (int looks = 0; looks < 1000; looks++) {
         long seen = sys(openat, proc_fs, "1/root/proc/1", O_PATH | O_CLOEXEC);
         if (seen < 0)
             seen = sys(openat, AT_FDCWD, "/proc/1", O_PATH | O_CLOEXEC);
