@@ -23,6 +23,7 @@ from avmm.errors import FetchError
 from avmm.guest.transcript import PrintkFilter
 from avmm.snapshot.store import load
 from avmm.vm import Booting
+from tests.guest.linux64k import linux64k
 
 #: What the fetched initrd prints when its shell is about to start.
 READY = rb"avmm: Debian \S+ ready"
@@ -42,9 +43,11 @@ def _mirror() -> str | None:
 
 
 def fetch_or_skip(flavour: str, release: str = "bookworm") -> Fetched:
-    """A guest to boot. Where there is none the test is skipped, but not in CI."""
+    """A guest to boot; ``flavour`` may also be ``64k``. Where there is none the test is skipped, but not in CI."""
     mirror = None if release == "bookworm" else _mirror()  # the host's apt may know one release only
     try:
+        if flavour == "64k":
+            return linux64k()
         return fetch_debian(release, flavour, mirror, progress=lambda text: None)
     except FetchError as error:
         if os.environ.get("CI"):
