@@ -197,7 +197,8 @@ def test_terminal_ctrl_c_reaches_the_guest_and_ctrl_a_x_quits(terminal: Terminal
     terminal.type(b"echo G''O; cat -v\n")
     terminal.read_until(b"\nGO")  # the shell's own line editing is over
     terminal.type(b"\x01\x01:\n")  # Ctrl-A Ctrl-A sends one
-    terminal.read_until(b"\n^A:")  # not the terminal's echo: cat is running
+    terminal.read_until(b"^A:")  # the terminal's echo
+    terminal.read_until(b"^A:")  # cat's: the shell is not on the way to it any more, where a Ctrl-C would be lost
     terminal.type(b"\x03")
     terminal.read_until(b"# ")
     terminal.type(b"\x01x")
