@@ -233,7 +233,7 @@ def test_terminal_is_restored_when_stopped_and_raw_again_after(terminal: Termina
     terminal.process.send_signal(signal.SIGCONT)
     os.waitpid(terminal.process.pid, os.WCONTINUED)
     terminal.type(b"echo $((70+7))\n")
-    terminal.read_until(b"\n77\r")
+    terminal.read_until(b"\n77")
     assert terminal.raw
     terminal.type(b"\x01x")
     assert terminal.process.wait(TIMEOUT) == 0

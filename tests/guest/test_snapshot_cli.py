@@ -62,7 +62,7 @@ def test_a_running_vm_is_written_and_goes_on_twice(
     with running("boot", debian.kernel, debian.initrd) as process:
         read_until(process, b"~ # ")
         say(process, b"state=before; echo $((600+66))\n")
-        read_until(process, b"\n666\r")
+        read_until(process, b"\n666")
         done = avmm("snapshot", path)
         assert (done.returncode, done.stderr) == (0, "")
         refused = avmm("snapshot", str(process.pid), tmp_path / "none" / "x")
@@ -74,7 +74,7 @@ def test_a_running_vm_is_written_and_goes_on_twice(
     for argv in (("restore", path), ("resume", path.parent)):
         with running(*argv) as process:
             say(process, b"echo $state $((600+66)); poweroff -f\n")
-            read_until(process, b"before 666\r")
+            read_until(process, b"before 666")
             assert process.wait(TIMEOUT) == 0
 
 
