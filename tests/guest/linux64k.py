@@ -5,16 +5,15 @@ fetched = linux64k()    # some five minutes once, then from the user's cache; fl
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import subprocess
 import tempfile
 from pathlib import Path
 
-from avmm.debian import Fetched, cache_directory, fetch_debian
+from avmm.debian import Fetched, fetch_debian
 from avmm.errors import FetchError
-from tests.guest.rootfs import files_of
+from tests.guest.rootfs import files_of, locked_cache
 
 _SOURCE = "linux-source-6.1"
 
@@ -36,11 +35,8 @@ def linux64k() -> Fetched:
     """The kernel, and the initrd of Debian's own. Safe to call from several processes. Raises FetchError."""
     options = (word if "=" in word else f"{word}=y" for word in _CONFIG.split())
     config = "".join(f"CONFIG_{option}\n" for option in options)
-    home = cache_directory() / "rootfs"
-    home.mkdir(parents=True, exist_ok=True)
-    image = home / f"{hashlib.sha256((_SOURCE + config).encode()).hexdigest()[:16]}.Image"
-    with (home / "linux64k.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked_cache("linux64k.lock") as home:  # a lock of its own: files_of() takes the other
+        image = home / f"{hashlib.sha256((_SOURCE + config).encode()).hexdigest()[:16]}.Image"
         if not image.exists():
             (source,) = files_of(_SOURCE, [f"usr/src/{_SOURCE}.tar.xz"])
             with tempfile.TemporaryDirectory(prefix="linux-", dir=home) as tree:

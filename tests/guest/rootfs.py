@@ -17,8 +17,8 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +81,16 @@ APPEND = "quiet avmm.init=/rootfs-init"
 READY = rb"rootfs: ready\r\n"
 
 
+@contextmanager
+def locked_cache(lock: str = "lock") -> Iterator[Path]:
+    """The folder in the user's cache for what is made here, for one process at a time of those that name ``lock``."""
+    home = cache_directory() / "rootfs"
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / lock).open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield home
+
+
 def rootfs(packages: Iterable[str], *, release: str = "bookworm", free: int = 256 << 20) -> Path:
     """An ext4 image of Debian ``release`` for arm64 with ``packages`` and what they depend on, from the cache or made.
 
@@ -88,11 +98,8 @@ def rootfs(packages: Iterable[str], *, release: str = "bookworm", free: int = 25
     """
     wanted = sorted({*_BASE, *packages})
     recipe = repr((_FORMAT, release, wanted, free, _ALTERNATIVES, _FILES))
-    home = cache_directory() / "rootfs"
-    home.mkdir(parents=True, exist_ok=True)
-    image = home / f"{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.ext4"
-    with (home / "lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked_cache() as home:
+        image = home / f"{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.ext4"
         if not image.exists():
             archives = _download(wanted, release, home / release, "install")
             with tempfile.TemporaryDirectory(prefix="make-", dir=home) as scratch:
@@ -105,12 +112,8 @@ def rootfs(packages: Iterable[str], *, release: str = "bookworm", free: int = 25
 
 def files_of(package: str, names: Iterable[str], *, release: str = "bookworm") -> list[Path]:
     """Files ``names`` (no leading slash) out of one arm64 package, in the cache. Raises FetchError."""
-    home = cache_directory() / "rootfs"
-    home.mkdir(parents=True, exist_ok=True)
-    folder = home / f"{release}-{package}"
-    paths = [folder / name for name in names]
-    with (home / "lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked_cache() as home:
+        paths = [home / f"{release}-{package}" / name for name in names]
         if not all(path.exists() for path in paths):
             (archive,) = _download([package], release, home / release, "download")
             with deb.open_package(archive) as opened:
