@@ -66,10 +66,12 @@ bool code_maybe(struct vm *vm, uint64_t pa) {
     return atomic_load_explicit(&vm->marked[index / 64], memory_order_relaxed) >> (index % 64) & 1;
 }
 
-/* Never taken back: a page that had code once is asked after for ever. */
+/* Never taken back: a page that had code once is asked after for ever. Fenced, as what mail_code() reads decides: an
+   arm64 host lets later loads pass the store of an atomic. */
 static void mark(struct vm *vm, uint64_t pa) {
     uint64_t index = (pa >> PAGE_BITS) & (CODE_MARKS - 1);
     atomic_fetch_or(&vm->marked[index / 64], UINT64_C(1) << (index % 64));
+    atomic_thread_fence(memory_order_seq_cst);
 }
 
 static struct code_page *find_page(struct code *code, uint64_t pa) {

@@ -54,7 +54,10 @@ static void mail_moved_locking(struct vm *vm) {
 
 void mail_tlbi(struct vcpu *c, unsigned op, uint64_t argument) {
     struct vm *vm = c->vm;
-    if (vm->vcpu_count == 1) /* one that is being created has nothing to forget */
+    /* One that is being created has nothing to forget. With the fence in join_vm(): either it walks the tables as the
+       guest has left them, or we see it. */
+    atomic_thread_fence(memory_order_seq_cst);
+    if (vm->vcpu_count == 1)
         return;
     pthread_mutex_lock(&vm->lock);
     for (uint32_t i = 0; i < vm->vcpu_count; i++)
@@ -75,10 +78,10 @@ static bool may_have_code(struct vm *vm, uint64_t pa, uint64_t end) {
 }
 
 void mail_code(struct vm *vm, const struct vcpu *from, uint64_t pa, uint64_t size) {
+    /* With the fences in mark() and join_vm(): either they read the new bytes, or we see the page marked, and who joins. */
+    atomic_thread_fence(memory_order_seq_cst);
     if (from && vm->vcpu_count == 1)
         return;
-    /* With the fetch_or in code_block(): either it reads the new bytes, or we see the page marked. */
-    atomic_thread_fence(memory_order_seq_cst);
     uint64_t end = size > UINT64_MAX - pa ? UINT64_MAX : pa + size;
     pa &= ~(uint64_t)(PAGE_SIZE - 1);
     if (!may_have_code(vm, pa, end))

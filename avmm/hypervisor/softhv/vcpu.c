@@ -59,6 +59,7 @@ static hv_return_t join_vm(struct vm *vm, struct vcpu *c) {
         c->map_gen = vm->map_gen;
     }
     pthread_mutex_unlock(&vm->lock);
+    atomic_thread_fence(memory_order_seq_cst); /* with those of mail_tlbi() and mail_code() */
     if (room && vm->gic)
         gic_join(c, vm->gic);
     return room ? HV_SUCCESS : HV_NO_RESOURCES;
