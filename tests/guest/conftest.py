@@ -57,11 +57,12 @@ def fetch_or_skip(flavour: str, release: str = "bookworm") -> Fetched:
 
 async def shell(vm: avmm.VirtualMachine, command: str, timeout: float = 40) -> tuple[int, str]:
     """Run ``command`` in the guest's shell: its exit code and what it printed."""
-    # Split, so that the echo of what is typed is not taken for the answer.
-    vm.console.write(f"echo '<'begin'>'; {command}; echo '<'$?'>'\n".encode())
-    found = await vm.console.expect(rb"<begin>\r\n(?s:(.*?))<(\d+)>\r", timeout=timeout)
+    # Split, so that the echo of what is typed is not taken for the answer. The kernel may speak before a line's end.
+    vm.console.write(f"echo '<'begin'>'; {command}; echo '<'end $?'>'\n".encode())
+    found = await vm.console.expect(rb"<begin>(?s:(.*?))<end (\d+)>", timeout=timeout)
     kernel = PrintkFilter()  # which may say that the host is busy
-    return int(found[2]), (kernel.feed(found[1]) + kernel.end()).decode(errors="replace").replace("\r", "")
+    said = (kernel.feed(found[1]) + kernel.end()).decode(errors="replace").replace("\r", "")
+    return int(found[2]), said.removeprefix("\n")
 
 
 @pytest.fixture(scope="session")

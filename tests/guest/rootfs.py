@@ -154,11 +154,11 @@ class Shell:
     async def run(self, command: str, timeout: float = 60) -> Done:
         """Run ``command`` and wait for its end. Raises WaitTimeout, or what became of the guest."""
         # Split, so that the echo of what is typed is not taken for the answer.
-        self.vm.console.write(f"echo '<'begin'>'; {command}\necho '<'$?'>'\n".encode())
+        self.vm.console.write(f"echo '<'begin'>'; {command}\necho '<'end $?'>'\n".encode())
         transcript = self.vm.console.transcript
-        await transcript.expect(rb"<begin>\r\n", timeout=timeout)
-        output, end = await transcript.read_until(rb"<(\d+)>\r\n", timeout=timeout)
-        return Done(int(end[1]), output.decode(errors="replace").replace("\r\n", "\n"))
+        await transcript.expect(rb"<begin>", timeout=timeout)
+        output, end = await transcript.read_until(rb"<end (\d+)>", timeout=timeout)
+        return Done(int(end[1]), output.decode(errors="replace").replace("\r\n", "\n").removeprefix("\n"))
 
     async def check(self, command: str, timeout: float = 60) -> str:
         """The output of ``command``, which must end with 0."""
