@@ -66,8 +66,8 @@ bool code_maybe(struct vm *vm, uint64_t pa) {
     return atomic_load_explicit(&vm->marked[index / 64], memory_order_relaxed) >> (index % 64) & 1;
 }
 
-/* Never taken back: a page that had code once is asked after for ever. Fenced, as what mail_code() reads decides: an
-   arm64 host lets later loads pass the store of an atomic. */
+/* Never taken back: a page that had code once is asked after for ever. Fenced: an arm64 host lets the loads that
+   follow, of the page's bytes, pass the store of an atomic. */
 static void mark(struct vm *vm, uint64_t pa) {
     uint64_t index = (pa >> PAGE_BITS) & (CODE_MARKS - 1);
     atomic_fetch_or(&vm->marked[index / 64], UINT64_C(1) << (index % 64));
