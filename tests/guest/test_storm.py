@@ -26,7 +26,7 @@ STRESSORS = "fork exec mmap mremap mprotect futex sigq sigsegv pipe switch vfork
 EXCUSED = r"stress-ng: fail: .* pipe: termination write failed, errno=4 .*\n"
 
 #: Who dies of a fault is told of in the kernel's log: a stressor's child may do so unnoticed.
-WATCH = "echo 1 >/proc/sys/kernel/print-fatal-signals; echo 1 >/proc/sys/debug/exception-trace"
+WATCH = "echo 1 >/proc/sys/kernel/print-fatal-signals && echo 1 >/proc/sys/debug/exception-trace"
 TROUBLE = "BUG|Out of memory|I/O error|stall|lockup|Oops|Internal error|WARNING|fatal signal|unhandled"
 
 #: What runs beside them: data through two programs and a pipe, which must come out as it went in.
